@@ -1,0 +1,158 @@
+"""Images and text in, tensors out: each `<image>` of a prompt becomes as many placeholders as visual tokens are asked for."""
+
+import numpy as np
+from PIL import Image, ImageOps
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
+
+from .configuration_mqt_llava import check_num_visual_tokens
+
+
+# The conversation format that released checkpoints were tuned on (`conv_vicuna_v1` in `conversation.py` of the authors'
+# code): an optional system message, then turns. The text of an answer and its end token are marked for the loss.
+VICUNA_V1_CHAT_TEMPLATE = """\
+{%- macro text_of(message) -%}
+{%- if message.content is string -%}{{ message.content }}
+{%- else -%}
+{%- for part in message.content if part.type == 'image' -%}{{ '<image>\\n' }}{%- endfor -%}
+{%- for part in message.content if part.type == 'text' -%}{{ part.text }}{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{%- if messages[0].role == 'system' -%}
+{{ text_of(messages[0]) }}{{ ' ' }}
+{%- else -%}
+{{ "A chat between a curious user and an artificial intelligence assistant. \
+The assistant gives helpful, detailed, and polite answers to the user's questions. " }}
+{%- endif -%}
+{%- for message in messages -%}
+{%- if message.role == 'user' -%}
+{{ 'USER: ' }}{{ text_of(message) }}{{ ' ' }}
+{%- elif message.role == 'assistant' -%}
+{{ 'ASSISTANT:' }}{% generation %}{{ ' ' }}{{ text_of(message) }}{{ eos_token }}{% endgeneration %}
+{%- elif not loop.first or message.role != 'system' -%}
+{{ raise_exception('Roles must be user or assistant, with one system message at the start; got ' + message.role) }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}
+"""
+
+
+class MqtLlavaImagesKwargs(ImagesKwargs, total=False):
+    """Image arguments of [`MqtLlavaProcessor`]: those of the image processor, and the budget."""
+
+    num_visual_tokens: int | list[int] | None
+
+
+class MqtLlavaProcessorKwargs(ProcessingKwargs, total=False):
+    """Arguments of [`MqtLlavaProcessor`], by modality."""
+
+    images_kwargs: MqtLlavaImagesKwargs
+
+
+class MqtLlavaProcessor(ProcessorMixin):
+    r"""
+    A CLIP-style image processor and a tokenizer in one.
+
+    `processor(images=..., text=..., num_visual_tokens=m)` returns `input_ids` and `attention_mask` with m placeholders
+    for each `<image>`, `pixel_values` of shape `(num_images, 3, H, W)` and `visual_token_counts` of shape
+    `(num_images,)`. `num_visual_tokens` is a number for all images or a list with one per image, in flat order over the
+    batch. The same goes through `apply_chat_template(..., processor_kwargs={"num_visual_tokens": m})`.
+
+    Args:
+        image_processor ([`LlavaImageProcessor`]): with `do_pad`, images keep their shape on a square of the mean colour.
+        tokenizer ([`PreTrainedTokenizerBase`]): must know `image_token`.
+        chat_template (`str`, *optional*): defaults to the tokenizer's, else to Vicuna-v1.
+        image_token (`str`, *optional*, defaults to `"<image>"`): the placeholder.
+        max_visual_tokens (`int`, *optional*, defaults to 256): M of the checkpoint.
+        num_visual_tokens (`int`, *optional*, defaults to `max_visual_tokens`): the budget when a call names none.
+
+    Raises:
+        ValueError: if the tokenizer lacks `image_token`, or a budget is not between 1 and M.
+    """
+
+    valid_processor_kwargs = MqtLlavaProcessorKwargs
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        chat_template=None,
+        image_token="<image>",
+        max_visual_tokens=256,
+        num_visual_tokens=None,
+        **kwargs,
+    ):
+        self.image_token = getattr(tokenizer, "image_token", None) or image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
+            raise ValueError(
+                f"`tokenizer` must know the image token {self.image_token!r}. Add it with "
+                f"`tokenizer.add_tokens([{self.image_token!r}], special_tokens=True)`."
+            )
+        if num_visual_tokens is not None:
+            check_num_visual_tokens(num_visual_tokens, 1, max_visual_tokens)
+        self.max_visual_tokens = max_visual_tokens
+        self.num_visual_tokens = num_visual_tokens
+        chat_template = chat_template or getattr(tokenizer, "chat_template", None) or VICUNA_V1_CHAT_TEMPLATE
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What the model takes; ids first, because samplers by length measure the first."""
+        return [*self.tokenizer.model_input_names, "pixel_values", "visual_token_counts"]
+
+    def _process_images(self, images: ImageInput, num_visual_tokens=None, **kwargs) -> tuple[BatchFeature, list[str]]:
+        """Pixels and counts, and the placeholders that stand for each image."""
+        images = [upright_rgb(image) for image in make_flat_list_of_images(images)]
+        counts = self._counts(num_visual_tokens, len(images))
+        if all(isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[-1] == 3 for image in images):
+            kwargs.setdefault("input_data_format", "channels_last")  # cannot be told from the shape of a tiny image
+        processed = self.image_processor(images, **kwargs)
+        processed["visual_token_counts"] = np.array(counts) if kwargs.get("return_tensors") else counts
+        if kwargs.get("return_tensors"):
+            processed.convert_to_tensors(kwargs["return_tensors"])
+        return processed, [self.image_token * count for count in counts]
+
+    def _counts(self, num_visual_tokens: int | list[int] | None, num_images: int) -> list[int]:
+        """The budget of each image: from the call, else the processor's own, else M."""
+        for default in (self.num_visual_tokens, self.max_visual_tokens):
+            num_visual_tokens = default if num_visual_tokens is None else num_visual_tokens
+        return check_num_visual_tokens(num_visual_tokens, num_images, self.max_visual_tokens)
+
+    def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
+        """Placeholders and tiles per image, for serving engines: the budget, whatever the size."""
+        if image_sizes is None:
+            return MultiModalData()
+        num_visual_tokens = self._merge_kwargs(**kwargs)["images_kwargs"].get("num_visual_tokens")
+        return MultiModalData(
+            num_image_tokens=self._counts(num_visual_tokens, len(image_sizes)),
+            num_image_patches=[1] * len(image_sizes),
+        )
+
+
+def upright_rgb(image):
+    """
+    A PIL image as `(H, W, 3)` bytes, turned as its EXIF tag says; anything else as it came.
+
+    Transparency is dropped as in the authors' `convert("RGB")`. 16-bit greys are scaled to 8 bits, which a plain
+    conversion would clip to white.
+
+    Raises:
+        ValueError: for 32-bit modes, whose range is not known.
+    """
+    if not isinstance(image, Image.Image):
+        return image
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        grey = (np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8)
+        image = Image.fromarray(grey)
+    elif image.mode in ("I", "F"):
+        raise ValueError(
+            f"`images` of mode {image.mode!r} (32 bits a pixel) have no fixed range. Scale the image to 0-255 and convert "
+            "it to 'L' or 'RGB'."
+        )
+    return np.asarray(image.convert("RGB"))
+
+
+__all__ = ["MqtLlavaProcessor"]
