@@ -102,6 +102,19 @@ class MqtLlavaProcessor(ProcessorMixin):
         """What the model takes; ids first, because samplers by length measure the first."""
         return [*self.tokenizer.model_input_names, "pixel_values", "visual_token_counts"]
 
+    def validate_inputs(self, images: ImageInput | None = None, text=None, **kwargs) -> None:
+        """Upstream compares the totals of a batch; images given as one list per prompt are compared prompt by prompt."""
+        super().validate_inputs(images=images, text=text, **kwargs)
+        if not isinstance(images, (list, tuple)) or not all(isinstance(group, (list, tuple)) for group in images):
+            return
+        in_text = [prompt.count(self.image_token) for prompt in text or []]
+        given = [len(group) for group in images]
+        if text is not None and in_text != given:
+            raise ValueError(
+                f"`images` must have one list per prompt with an image for each {self.image_token}, got {given} images "
+                f"for prompts with {in_text}."
+            )
+
     def _process_images(self, images: ImageInput, num_visual_tokens=None, **kwargs) -> tuple[BatchFeature, list[str]]:
         """Pixels and counts, and the placeholders that stand for each image."""
         images = [upright_rgb(image) for image in make_flat_list_of_images(images)]
@@ -109,9 +122,7 @@ class MqtLlavaProcessor(ProcessorMixin):
         if all(isinstance(image, np.ndarray) and image.ndim == 3 and image.shape[-1] == 3 for image in images):
             kwargs.setdefault("input_data_format", "channels_last")  # cannot be told from the shape of a tiny image
         processed = self.image_processor(images, **kwargs)
-        processed["visual_token_counts"] = np.array(counts) if kwargs.get("return_tensors") else counts
-        if kwargs.get("return_tensors"):
-            processed.convert_to_tensors(kwargs["return_tensors"])
+        processed["visual_token_counts"] = counts
         return processed, [self.image_token * count for count in counts]
 
     def _counts(self, num_visual_tokens: int | list[int] | None, num_images: int) -> list[int]:
@@ -139,20 +150,22 @@ def upright_rgb(image):
     conversion would clip to white.
 
     Raises:
-        ValueError: for 32-bit modes, whose range is not known.
+        ValueError: for modes that have no fixed range (32 bits a pixel) or that Pillow cannot convert.
     """
     if not isinstance(image, Image.Image):
         return image
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
-        grey = (np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8)
-        image = Image.fromarray(grey)
-    elif image.mode in ("I", "F"):
+        image = Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8))
+    try:
+        if image.mode in ("I", "F"):
+            raise ValueError("32 bits a pixel have no fixed range")
+        return np.asarray(image.convert("RGB"))
+    except ValueError as error:
         raise ValueError(
-            f"`images` of mode {image.mode!r} (32 bits a pixel) have no fixed range. Scale the image to 0-255 and convert "
-            "it to 'L' or 'RGB'."
-        )
-    return np.asarray(image.convert("RGB"))
+            f"`images` must be convertible to RGB, got mode {image.mode!r} ({error}). Scale the image to 0-255 and "
+            "convert it to 'L' or 'RGB'."
+        ) from error
 
 
 __all__ = ["MqtLlavaProcessor"]
