@@ -5,7 +5,7 @@ import operator
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from huggingface_hub.dataclasses import strict
+from huggingface_hub.dataclasses import strict, validated_field
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
@@ -31,6 +31,24 @@ PLAIN_HEAD_VALUES: dict[str, tuple] = {
 MODEL_TYPES_WITHOUT_PLAIN_HEAD = frozenset(
     ("codegen", "ctrl", "electra", "git", "gptj", "musicgen", "musicgen_melody", "phi", "prophetnet", "xlm", "xlnet")
 )
+
+
+def _square_number(maximum: int) -> None:
+    """`max_visual_tokens` is a perfect square in a sane range."""
+    if not 1 <= maximum <= LARGEST_MAX_VISUAL_TOKENS or math.isqrt(maximum) ** 2 != maximum:
+        raise ValueError(
+            f"`max_visual_tokens` must be a perfect square between 1 and {LARGEST_MAX_VISUAL_TOKENS} (the queries "
+            f"start on a square grid), got {maximum}."
+        )
+
+
+def _token_id(token: int) -> None:
+    """`image_token_index` is a token id; -200, as in the authors' code, is a mark and not one."""
+    if token < 0:
+        raise ValueError(
+            f"`image_token_index` must be a token id, 0 or more, got {token}. Add an `<image>` token to the tokenizer "
+            "and give its id."
+        )
 
 
 @strict
@@ -97,8 +115,8 @@ class MqtLlavaConfig(PreTrainedConfig):
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
-    image_token_index: int = 32000
-    max_visual_tokens: int = 256
+    image_token_index: int = validated_field(_token_id, default=32000)
+    max_visual_tokens: int = validated_field(_square_number, default=256)
     query_num_attention_heads: int = 16
     vision_feature_layer: int = -2
     vision_feature_select_strategy: Literal["default", "full"] = "default"
@@ -125,25 +143,9 @@ class MqtLlavaConfig(PreTrainedConfig):
             return 0
         return 1 + (getattr(self.vision_config, "num_register_tokens", 0) or 0)
 
-    def validate_max_visual_tokens(self):
-        """`max_visual_tokens` is a perfect square in a sane range."""
-        maximum = self.max_visual_tokens
-        if not 1 <= maximum <= LARGEST_MAX_VISUAL_TOKENS or math.isqrt(maximum) ** 2 != maximum:
-            raise ValueError(
-                f"`max_visual_tokens` must be a perfect square between 1 and {LARGEST_MAX_VISUAL_TOKENS} (the queries "
-                f"start on a square grid), got {maximum}."
-            )
-
-    def validate_image_token(self):
-        """`image_token_index` is a token id."""
-        if self.image_token_index < 0:
-            raise ValueError(
-                f"`image_token_index` must be a token id, 0 or more, got {self.image_token_index}. Add an `<image>` "
-                "token to the tokenizer and give its id."
-            )
-
     def validate_query_heads(self):
         """The tower's width can carry the queries: heads divide it, and so do the 4 parts of the position table."""
+        self.validate_vision_tower()  # validators run by name; the width is there only in a tower
         width, heads = self.vision_config.hidden_size, self.query_num_attention_heads
         if heads < 1 or width % heads:
             raise ValueError(
@@ -158,18 +160,30 @@ class MqtLlavaConfig(PreTrainedConfig):
 
     def validate_vision_tower(self):
         """The tower takes plain pixels and has the layer that `vision_feature_layer` names."""
-        layers = getattr(self.vision_config, "num_hidden_layers", None)
-        if self.vision_config.model_type == "siglip2_vision_model" or not isinstance(layers, int) or layers < 1:
+        layers, width = (getattr(self.vision_config, name, None) for name in ("num_hidden_layers", "hidden_size"))
+        plain = isinstance(layers, int) and isinstance(width, int) and layers > 0 and width > 0
+        if not plain or self.vision_config.model_type == "siglip2_vision_model":
             raise ValueError(
                 "`vision_config` must be a tower of equal layers over `[3, H, W]` pixels (CLIP, SigLIP, DINOv2, "
                 f"DINOv3, ViT, ...), got `model_type={self.vision_config.model_type!r}` with `num_hidden_layers="
-                f"{layers}`. For SigLIP 2 use a fixed-resolution checkpoint, whose type is `siglip_vision_model`."
+                f"{layers}` and `hidden_size={width}`. For SigLIP 2 use a fixed-resolution checkpoint, whose type is "
+                "`siglip_vision_model`."
             )
         if not 1 <= self.num_vision_layers <= layers:
             raise ValueError(
                 f"`vision_feature_layer` must be between 1 and {layers}, or between {-layers} and -1, for a tower of "
                 f"{layers} layers, got {self.vision_feature_layer}."
             )
+
+    def validate_language_model(self):
+        """The language model has layers and a vocabulary."""
+        for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
+            value = getattr(self.text_config, name, None)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(
+                    f"`text_config.{name}` must be a positive number, got {value!r} in a config of type "
+                    f"{self.text_config.model_type!r}. Give the config of a causal language model."
+                )
 
     def validate_language_head(self):
         """The language model's head is one plain linear layer; anything more would be lost without a word."""
@@ -188,9 +202,7 @@ class MqtLlavaConfig(PreTrainedConfig):
                     "model."
                 )
         if text.model_type == "ernie4_5_moe" and text.use_bias:
-            raise ValueError(
-                "`text_config.use_bias` must be False because the head is a plain linear layer, got True."
-            )
+            raise ValueError("`text_config.use_bias` must be False because the head is a plain linear layer, got True.")
 
 
 def check_num_visual_tokens(value: Any, num_images: int, max_visual_tokens: int) -> list[int]:

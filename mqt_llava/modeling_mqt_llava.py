@@ -80,8 +80,8 @@ class MqtLlavaQueryTransformer(nn.Module):
 
     Keys are positions only and values are features only, as in the released checkpoints (`Resampler` in
     `multimodal_projector/builder.py` of the authors' code). So the attention map is the same for every image, it
-    explains nothing about one, and everything up to the keys is computed once per call, not per image. Queries never see
-    each other: the first m of M outputs are the outputs for m.
+    explains nothing about one, and everything up to the keys is computed once per call, not per image. Queries never
+    see each other: the first m of M outputs are the outputs for m.
     """
 
     def __init__(self, config: MqtLlavaConfig, output_size: int):
@@ -212,11 +212,11 @@ def count_placeholders_per_image(is_image: torch.Tensor, lengths: list[int]) -> 
     Raises:
         ValueError: if none of the three readings is possible.
     """
-    starts = is_image & ~F.pad(is_image, (1, 0))[:, :-1]
+    starts = run_starts(is_image)
     run = (starts.flatten().cumsum(0) - 1).clamp(min=0, max=len(lengths) - 1)
-    run_lengths = run.new_zeros(len(lengths)).scatter_add(0, run, is_image.flatten().to(run.dtype))
+    one_run_each = run.new_zeros(len(lengths)).scatter_add(0, run, is_image.flatten().to(run.dtype))
     all_tokens = torch.tensor(lengths, device=is_image.device, dtype=run.dtype)
-    counts = torch.where(is_image.sum() == sum(lengths), all_tokens, run_lengths)
+    counts = torch.where(is_image.sum() == sum(lengths), all_tokens, one_run_each)
     if is_torchdynamo_compiling():  # a graph takes the first two readings; `visual_token_counts` settles the third
         return counts
     num_runs, total = int(starts.sum()), int(is_image.sum())
@@ -224,7 +224,7 @@ def count_placeholders_per_image(is_image: torch.Tensor, lengths: list[int]) -> 
         return counts
     per_prompt = is_image.sum(-1).tolist()
     share, rest = divmod(total, len(lengths))
-    if rest or any(length % max(share, 1) for length in _run_lengths(is_image, starts)):
+    if rest or any(length % max(share, 1) for length in run_lengths(is_image, starts)):
         raise ValueError(
             f"The prompts have {per_prompt} image placeholders in {num_runs} runs for {len(lengths)} images, which can "
             "be shared out in more than one way or in none. Give one run of placeholders per image, or pass "
@@ -233,15 +233,20 @@ def count_placeholders_per_image(is_image: torch.Tensor, lengths: list[int]) -> 
     return torch.full_like(counts, share)
 
 
-def _run_lengths(is_image: torch.Tensor, starts: torch.Tensor) -> list[int]:
-    """Lengths of the runs of placeholders, in order."""
+def run_starts(is_image: torch.Tensor) -> torch.Tensor:
+    """`(B, S)`: the first placeholder of each run."""
+    return is_image & ~F.pad(is_image, (1, 0))[:, :-1]
+
+
+def run_lengths(is_image: torch.Tensor, starts: torch.Tensor) -> list[int]:
+    """Lengths of the runs of placeholders, in flat order."""
     run = starts.flatten().cumsum(0)[is_image.flatten()]
     return torch.unique_consecutive(run, return_counts=True)[1].tolist()
 
 
 def check_prompts_fit(is_image: torch.Tensor, counts: list[int], lengths: list[int]) -> None:
     """
-    Every prompt's placeholders are those of whole images, and no image is asked for more tokens than it has.
+    Every run of placeholders is that of whole images, and no image is asked for more tokens than it has.
 
     Args:
         is_image (`torch.Tensor` of shape `(B, S)`): where the placeholders stand.
@@ -261,17 +266,20 @@ def check_prompts_fit(is_image: torch.Tensor, counts: list[int], lengths: list[i
                 f"Image {image} has {count} placeholders in its prompt, but must have between 1 and {length}. Process "
                 "the prompt with `num_visual_tokens` in that range."
             )
+    starts = run_starts(is_image)
+    runs = iter(run_lengths(is_image, starts))
     image = 0
-    for prompt, placeholders in enumerate(is_image.sum(-1).tolist()):
-        taken: list[int] = []
-        while image < len(counts) and sum(taken) < placeholders:
-            taken.append(counts[image])
-            image += 1
-        if sum(taken) != placeholders:
-            raise ValueError(
-                f"Prompt {prompt} has {placeholders} image placeholders, but its images take {taken} = {sum(taken)}. "
-                "Process text and images in one call, and give generate and the processor images in the same order."
-            )
+    for prompt, num_runs in enumerate(starts.sum(-1).tolist()):
+        for run in (next(runs) for _ in range(num_runs)):
+            taken: list[int] = []
+            while image < len(counts) and sum(taken) < run:
+                taken.append(counts[image])
+                image += 1
+            if sum(taken) != run:
+                raise ValueError(
+                    f"Prompt {prompt} has {run} image placeholders in a row, but the images there take {taken} = "
+                    f"{sum(taken)}. Process text and images in one call, and keep images in the order of the prompts."
+                )
     if image < len(counts):
         raise ValueError(
             f"The prompts have placeholders for {image} images, but {len(counts)} images were given. Each image needs "
@@ -287,7 +295,7 @@ def place_visual_tokens(
     lengths: list[int],
 ) -> torch.Tensor:
     """
-    `inputs_embeds` with visual tokens where the placeholders are: the k-th placeholder of an image takes its k-th token.
+    `inputs_embeds` with visual tokens at the placeholders: the k-th placeholder of an image takes its k-th token.
 
     A gather rather than a masked scatter: no shape depends on the data, so one graph serves every budget.
 
@@ -376,6 +384,7 @@ class MqtLlavaModel(MqtLlavaPreTrainedModel):
 
     def __init__(self, config: MqtLlavaConfig):
         super().__init__(config)
+        config.validate()  # values may have been changed since it was built
         self.vision_tower = AutoModel.from_config(config.vision_config)
         _cut_above_selected_layer(self.vision_tower, config)
         self.language_model = AutoModel.from_config(config.text_config)
@@ -389,7 +398,8 @@ class MqtLlavaModel(MqtLlavaPreTrainedModel):
         """`(I, 3, H, W)` pixels to `(I, N, C)`: the selected hidden state of the tower, patches only."""
         if pixel_values.ndim != 4:
             raise ValueError(
-                f"`pixel_values` must have shape `(num_images, channels, height, width)`, got {tuple(pixel_values.shape)}."
+                "`pixel_values` must have shape `(num_images, channels, height, width)`, got "
+                f"{tuple(pixel_values.shape)}."
             )
         # The tower ends at the selected layer and its final norm is gone, so its output is that hidden state.
         hidden_states = self.vision_tower(pixel_values, return_dict=True, **kwargs).last_hidden_state
@@ -489,7 +499,7 @@ class MqtLlavaModel(MqtLlavaPreTrainedModel):
                 Placeholders of each image, from the processor. Needed only where images stand side by side with
                 different budgets.
             mm_encoder_outputs (`dict`, *optional*):
-                `{"image": get_image_features(...)}` instead of `pixel_values`. Longer token lists are cut to the prompt.
+                `{"image": get_image_features(...)}` instead of `pixel_values`. The prompt takes a prefix of each.
 
         Raises:
             ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, if both `pixel_values` and
@@ -544,8 +554,8 @@ def check_no_placeholders(is_image: torch.Tensor) -> None:
     for prompt, placeholders in enumerate(is_image.sum(-1).tolist()):
         if placeholders:
             raise ValueError(
-                f"Prompt {prompt} has {placeholders} image placeholders, but there are no images. Pass `pixel_values` or "
-                "`mm_encoder_outputs`."
+                f"Prompt {prompt} has {placeholders} image placeholders, but there are no images. Pass `pixel_values` "
+                "or `mm_encoder_outputs`."
             )
 
 
@@ -690,8 +700,8 @@ class MqtLlavaForConditionalGeneration(MqtLlavaPreTrainedModel, GenerationMixin)
             kwargs: everything else that `generate` and `forward` take. The image token is never generated.
 
         Raises:
-            ValueError: if `num_visual_tokens` is not in range or not one per image, if prompts and images do not fit, if
-                a non-empty `past_key_values` holds another number of visual tokens, or for unknown arguments.
+            ValueError: if `num_visual_tokens` is not in range or not one per image, if prompts and images do not fit,
+                if a non-empty `past_key_values` holds another number of visual tokens, or for unknown arguments.
         """
         if generation_config is not None and generation_config.is_assistant:
             # A drafting call inside assisted generation: its prompt is already rewritten, its images not passed on.
@@ -746,7 +756,7 @@ def resize_placeholder_runs(
     keep: torch.Tensor,
     old_counts: list[int],
     new_counts: list[int],
-) -> tuple[list[torch.Tensor], torch.Tensor]:
+) -> list[torch.Tensor]:
     """
     Rows of `tokens` where image i has `new_counts[i]` placeholders in place of its `old_counts[i]`.
 
@@ -759,10 +769,10 @@ def resize_placeholder_runs(
     Returns:
         B rows of different lengths.
     """
-    old = torch.tensor(old_counts, device=tokens.device)
-    first_placeholder = torch.cat([old.new_zeros(1), old.cumsum(0)])[:-1]  # (I,)
-    repeats_at_placeholders = old.new_zeros(int(old.sum()))
-    repeats_at_placeholders[first_placeholder] = torch.tensor(new_counts, device=tokens.device)
+    old = torch.tensor(old_counts, dtype=torch.long, device=tokens.device)
+    repeats_at_placeholders = old.new_zeros(sum(old_counts))
+    # The first placeholder of an image is repeated, the others are dropped.
+    repeats_at_placeholders[old.cumsum(0) - old] = torch.tensor(new_counts, dtype=torch.long, device=tokens.device)
     repeats = keep.to(old.dtype).masked_scatter(is_image, repeats_at_placeholders)  # (B, S)
     return list(tokens.flatten().repeat_interleave(repeats.flatten()).split(repeats.sum(-1).tolist()))
 
@@ -906,13 +916,12 @@ class _Prompt:
             )
         if num_visual_tokens is None:
             return
-        starts = is_image & ~F.pad(is_image, (1, 0))[:, :-1]
-        runs = _run_lengths(is_image, starts)
+        runs = run_lengths(is_image, run_starts(is_image))
         wanted = check_num_visual_tokens(num_visual_tokens, len(runs), self.model.config.max_visual_tokens)
         if runs != wanted:
             raise ValueError(
-                f"`num_visual_tokens` is {num_visual_tokens}, but `past_key_values` was filled from a prompt with {runs} "
-                "visual tokens per image. Start without the cache to change the number."
+                f"`num_visual_tokens` is {num_visual_tokens}, but `past_key_values` was filled from a prompt with "
+                f"{runs} visual tokens per image. Start without the cache to change the number."
             )
 
 
