@@ -284,8 +284,9 @@ def test_an_empty_cache_takes_any_budget(model, inputs_at):
 
 
 @pytest.mark.parametrize(
-    "value", [0, -1, 17, 2.5, "16", True, [], [3], [3, 4], [3, 4, 5, 6], [3, 4, 0], [3, 4, 17], [3, 4, "5"], [3, 4, True]]
-)  # fmt: skip
+    "value",
+    [0, -1, 17, 2.5, "16", True, [], [3], [3, 4], [3, 4, 5, 6], [3, 4, 0], [3, 4, 17], [3, 4, "5"], [3, 4, True]],
+)
 def test_a_wrong_budget_is_refused_with_the_range_and_the_value(model, inputs_at, value):
     with pytest.raises(ValueError) as error:
         model.generate(**inputs_at(), num_visual_tokens=value, **GREEDY)
@@ -442,9 +443,9 @@ FUZZED_PROCESSOR = tiny_processor()
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.lists(st.lists(st.sampled_from(["what", "is", "<image>", "red"]), min_size=1, max_size=5), min_size=1, max_size=3),
+    st.lists(st.lists(st.sampled_from(["what", "is", "<image>"]), min_size=1, max_size=5), min_size=1, max_size=3),
     st.data(),
-)  # fmt: skip
+)
 def test_generation_from_any_prompt_is_generation_from_one_at_that_budget(words, data):
     texts = [" ".join(row) for row in words]
     num_images = sum(text.count("<image>") for text in texts)
