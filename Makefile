@@ -23,7 +23,7 @@ format: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/import_time.py
-	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/prefill.py
 
 # torch first and by itself: on many machines a bare `torch` would bring gigabytes of CUDA packages.
 $(VENV)/ready: constraints.txt setup.cfg pyproject.toml
