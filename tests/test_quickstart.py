@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from mqt_llava.evaluation.ask import ask
 from mqt_llava.quickstart import Recipe, run, run_quickstart, training
 from mqt_llava.quickstart.answering import Tokens, elastic_draw, examples_of, fixed_draw
 from mqt_llava.quickstart.baselines import blind_accuracy, majority_accuracy
@@ -326,6 +327,12 @@ def test_figures_are_pictures(name, small_run):
         assert min(picture.size) > 500
 
 
+def test_the_scene_left_to_ask_about_gets_an_answer_at_each_budget(small_run):
+    rows = ask(str(small_run[0]), str(small_run[0] / "scene.png"), "which background", [2, 16])
+    assert [row.num_visual_tokens for row in rows] == [2, 16]
+    assert rows[0].prefill_flops < rows[1].prefill_flops
+
+
 def test_nothing_but_the_result_is_left_in_the_folder(small_run):
     names = {path.name for path in small_run[0].iterdir()}
     assert "work" not in names
@@ -458,12 +465,15 @@ def test_steps_out_of_range_raise(steps, tmp_path):
 
 def test_compare_measures_every_fixed_model_beside_the_elastic_one(tmp_path):
     run_quickstart(tmp_path / "run", recipe=TINY)
-    run_quickstart(tmp_path / "run", recipe=TINY, compare=True)
+    said: list[str] = []
+    run_quickstart(tmp_path / "run", recipe=TINY, compare=True, echo=said.append)
     comparison = json.loads((tmp_path / "run" / "comparison.json").read_text())
     assert set(comparison["fixed"]) == {str(budget) for budget in FIXED_BUDGETS}
     assert set(comparison["trained_at_all_then_cut"][MEAN]) == {str(budget) for budget in BUDGETS}
     assert comparison["fixed"]["16"][MEAN] == comparison["trained_at_all_then_cut"][MEAN]["16"]
     assert (tmp_path / "run" / "comparison.png").is_file()
+    printed = next(line for line in said if line.startswith("trained at m only"))
+    assert printed.split()[4:] == [f"{100 * comparison['fixed'][str(m)][MEAN]:.1f}" for m in FIXED_BUDGETS]
 
 
 def test_labels_of_lines_keep_their_order_and_distance():

@@ -11,6 +11,7 @@ RESULTS_OF_A_RUN = (
     "comparison.json",
     "accuracy.png",
     "samples.png",
+    "scene.png",
     "comparison.png",
     "model.safetensors",
 )

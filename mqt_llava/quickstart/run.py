@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from PIL import Image
 from tqdm.auto import tqdm
 
 from .._version import __version__
@@ -42,9 +43,10 @@ def run_quickstart(
     Renders a visual question answering corpus, trains one tiny elastic model on it and shows how accuracy grows with
     the number of visual tokens. Minutes on two CPU cores.
 
-    Writes to `output_dir`: the model and its processor as a normal checkpoint, `results.json`, `accuracy.png` and
-    `samples.png`; with `compare` also `comparison.json` and `comparison.png`. An interrupted run goes on where it
-    stopped when called again with the same arguments. A finished run is not done again: its results are shown.
+    Writes to `output_dir`: the model and its processor as a normal checkpoint, `results.json`, `accuracy.png`,
+    `samples.png` and a test scene to ask about, `scene.png`; with `compare` also `comparison.json` and `comparison.png`.
+    An interrupted run goes on where it stopped when called again with the same arguments. A finished run is not done
+    again: its results are shown.
 
     Args:
         output_dir (`str` or `Path`): new, empty, or with an earlier run.
@@ -109,6 +111,7 @@ class Run:
         self.processor.save_pretrained(self.folder.path)
         draw_accuracy(accuracy, self.folder.path / "accuracy.png")
         draw_samples(collect_samples(model, self.processor, self.corpus["test"]), self.folder.path / "samples.png")
+        Image.fromarray(self.corpus["test"].pictures[0]).save(self.folder.path / "scene.png")
         write_json(self.folder.results, self.results(accuracy))
 
     def new_model(self) -> MqtLlavaForConditionalGeneration:
@@ -215,8 +218,13 @@ def show_results(folder: OutputFolder, echo: Echo) -> dict:
     for line in accuracy_table(results):
         echo(line)
     echo(f"Test scenes, exact match in %. {results['seconds']:.0f} seconds in all. Figures: {folder.path}/*.png")
+    if folder.is_compared:
+        for line in comparison_table(read_json(folder.comparison)):
+            echo(line)
     echo("Next:")
-    echo(f"  mqt-llava ask PICTURE 'which shape at b3' --model {folder.path} --num-visual-tokens 2,4,16")
+    echo(
+        f"  mqt-llava ask {folder.path / 'scene.png'} 'read the number' --model {folder.path} --num-visual-tokens 2,4,16"
+    )
     if not folder.is_compared:
         echo(f"  mqt-llava quickstart --output-dir {folder.path} --compare   # beside models trained at one length")
     return results
@@ -231,3 +239,20 @@ def accuracy_table(results: dict) -> list[str]:
         cells = "".join(f"{100 * by_budget[budget]:6.1f}" for budget in budgets)
         lines.append(f"{kind:<12}{cells}{guesses}")
     return lines
+
+
+def comparison_table(comparison: dict) -> list[str]:
+    """Mean accuracy in % of the elastic model, of models trained at one length, and of the largest of those cut."""
+    elastic, cut = comparison["elastic"][MEAN], comparison["trained_at_all_then_cut"][MEAN]
+    fixed = {budget: by_kind[MEAN] for budget, by_kind in comparison["fixed"].items()}
+    rows = {
+        "m": dict(zip(elastic, elastic)),
+        "one elastic model": as_percent(elastic),
+        "trained at m only": as_percent(fixed),
+        "trained at 16, cut": as_percent(cut),
+    }
+    return ["", *(f"{name:<20}" + "".join(f"{row.get(m, ''):>6}" for m in elastic) for name, row in rows.items())]
+
+
+def as_percent(shares: dict[str, float]) -> dict[str, str]:
+    return {name: f"{100 * share:.1f}" for name, share in shares.items()}
