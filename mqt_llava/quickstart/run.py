@@ -44,9 +44,9 @@ def run_quickstart(
     the number of visual tokens. Minutes on two CPU cores.
 
     Writes to `output_dir`: the model and its processor as a normal checkpoint, `results.json`, `accuracy.png`,
-    `samples.png` and a test scene to ask about, `scene.png`; with `compare` also `comparison.json` and `comparison.png`.
-    An interrupted run goes on where it stopped when called again with the same arguments. A finished run is not done
-    again: its results are shown.
+    `samples.png` and a test scene to ask about, `scene.png`; with `compare` also `comparison.json` and
+    `comparison.png`. An interrupted run goes on where it stopped when called again with the same arguments. A finished
+    run is not done again: its results are shown.
 
     Args:
         output_dir (`str` or `Path`): new, empty, or with an earlier run.
@@ -222,11 +222,10 @@ def show_results(folder: OutputFolder, echo: Echo) -> dict:
         for line in comparison_table(read_json(folder.comparison)):
             echo(line)
     echo("Next:")
-    echo(
-        f"  mqt-llava ask {folder.path / 'scene.png'} 'read the number' --model {folder.path} --num-visual-tokens 2,4,16"
-    )
+    path = folder.path
+    echo(f"  mqt-llava ask {path}/scene.png 'read the number' --model {path} --num-visual-tokens 2,4,16")
     if not folder.is_compared:
-        echo(f"  mqt-llava quickstart --output-dir {folder.path} --compare   # beside models trained at one length")
+        echo(f"  mqt-llava quickstart --output-dir {path} --compare   # beside models trained at one length")
     return results
 
 
