@@ -13,6 +13,9 @@ from transformers.models.auto.configuration_auto import AutoConfig
 # A 256 x 256 grid of queries is far beyond any vision tower's patches; larger numbers in a config are typos or attacks.
 LARGEST_MAX_VISUAL_TOKENS = 65536
 
+# `model_type` in checkpoints of the authors' code (`LlavaConfig` in `language_model/llava_llama.py`).
+RELEASED_MODEL_TYPE = "llava_llama"
+
 # What a text model may do to its logits after the head, and the value that does nothing. The head here is one plain
 # linear layer, so any other value is refused. Names as they stand in the text configs of Transformers.
 PLAIN_HEAD_VALUES: dict[str, tuple] = {
@@ -31,6 +34,10 @@ PLAIN_HEAD_VALUES: dict[str, tuple] = {
 MODEL_TYPES_WITHOUT_PLAIN_HEAD = frozenset(
     ("codegen", "ctrl", "electra", "git", "gptj", "musicgen", "musicgen_melody", "phi", "prophetnet", "xlm", "xlnet")
 )
+
+
+# Arguments of `from_pretrained` that say which files of the Hub are meant.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 @strict
@@ -104,6 +111,24 @@ class MqtLlavaConfig(PreTrainedConfig):
     vision_feature_select_strategy: Literal["default", "full"] = "default"
     query_init: Literal["authors", "local"] = "authors"
     tie_word_embeddings: bool = False
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """
+        [`~transformers.PreTrainedConfig.from_dict`], for configs of this model only: another model's fields would be taken
+        over without a word, and the defaults kept where they should not be.
+
+        Raises:
+            ValueError: if the dictionary is of another model type.
+        """
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"`model_type` must be {cls.model_type!r}, got {model_type!r}. Checkpoints of the authors' code "
+                f"({RELEASED_MODEL_TYPE!r}) are read by `MqtLlavaForConditionalGeneration.from_pretrained` and by "
+                "`mqt-llava convert`."
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -191,6 +216,24 @@ class MqtLlavaConfig(PreTrainedConfig):
             raise ValueError(
                 "`text_config.use_bias` must be False because the head is a plain linear layer, got True."
             )
+
+
+def released_config(pretrained_model_name_or_path: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """
+    The config.json of a checkpoint of the authors' code, `None` for any other folder or Hub id.
+
+    Args:
+        pretrained_model_name_or_path: as for `from_pretrained`.
+        kwargs (`dict`): its arguments, of which those about the Hub are used.
+    """
+    if pretrained_model_name_or_path is None:
+        return None
+    hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+    try:
+        config_dict, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
+    except (OSError, ValueError):
+        return None  # no config there, as with a lone adapter; what is wrong with it is for the caller to say
+    return config_dict if config_dict.get("model_type") == RELEASED_MODEL_TYPE else None
 
 
 def check_num_visual_tokens(value: Any, num_images: int, max_visual_tokens: int) -> list[int]:

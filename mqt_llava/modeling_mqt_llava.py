@@ -6,7 +6,10 @@ image, C vision width (1024), D language width (4096). Numbers in brackets are t
 """
 
 import copy
+import functools
+import importlib
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,7 +28,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from .configuration_mqt_llava import MqtLlavaConfig, check_num_visual_tokens
+from .configuration_mqt_llava import MqtLlavaConfig, check_num_visual_tokens, released_config
 
 
 # Scale of the shared orthogonal start of the query and key projections under `query_init="local"`: sharp enough that a
@@ -377,7 +380,7 @@ class MqtLlavaModel(MqtLlavaPreTrainedModel):
     def __init__(self, config: MqtLlavaConfig):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        _cut_above_selected_layer(self.vision_tower, config)
+        self.weights_above_selected_layer = _cut_above_selected_layer(self.vision_tower, config)
         self.language_model = AutoModel.from_config(config.text_config)
         # The width of the embeddings, not `hidden_size`: some OPT models embed narrower than they compute.
         self.query_transformer = MqtLlavaQueryTransformer(
@@ -549,17 +552,48 @@ def check_no_placeholders(is_image: torch.Tensor) -> None:
             )
 
 
-def _cut_above_selected_layer(tower: PreTrainedModel, config: MqtLlavaConfig) -> None:
+def _cut_above_selected_layer(tower: PreTrainedModel, config: MqtLlavaConfig) -> list[str]:
     """
     Takes out what lies above the hidden state that is read: no compute, no memory, no parameters without a gradient.
-    The tower's config keeps describing the whole tower, since that is what checkpoints name it by.
+    The tower's config keeps describing the whole tower, since that is what checkpoints name it by. Returns the names of
+    the weights that are gone.
     """
+    whole = tower.state_dict().keys()
     for module in tower.modules():
         if isinstance(module, nn.ModuleList) and len(module) == config.vision_config.num_hidden_layers:
             del module[config.num_vision_layers :]
     for name in PARTS_ABOVE_THE_LAYERS:
         if isinstance(getattr(tower, name, None), nn.Module):
             setattr(tower, name, nn.Identity())
+    left = tower.state_dict().keys()
+    return [name for name in whole if name not in left]
+
+
+def refuse_half_loaded(loading_info: dict) -> None:
+    """
+    A checkpoint fills the model exactly.
+
+    Args:
+        loading_info (`dict`): `missing_keys`, `unexpected_keys` and `mismatched_keys`, as `from_pretrained` reports them.
+
+    Raises:
+        ValueError: listing the keys that say otherwise.
+    """
+    mismatched = [
+        f"{name} (is {tuple(found)}, must be {tuple(expected)})"
+        for name, found, expected in loading_info["mismatched_keys"]
+    ]
+    problems = {
+        "missing": sorted(loading_info["missing_keys"]),
+        "unexpected": sorted(loading_info["unexpected_keys"]),
+        "of the wrong shape": sorted(mismatched),
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{what}: {', '.join(names)}" for what, names in problems.items() if names)
+        raise ValueError(
+            f"The checkpoint does not fit the model, so nothing was loaded. Weights {listed}. Use the config that the "
+            "weights were saved with, or convert the checkpoint anew."
+        )
 
 
 class MqtLlavaForConditionalGeneration(MqtLlavaPreTrainedModel, GenerationMixin):
@@ -583,6 +617,11 @@ class MqtLlavaForConditionalGeneration(MqtLlavaPreTrainedModel, GenerationMixin)
         # Text models name their embeddings differently, and a tied head must find them.
         name = next(name for name, module in self.model.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
+        # Checkpoints of others hold the whole tower. Exactly these weights of theirs have no place here.
+        self._keys_to_ignore_on_load_unexpected = {
+            rf"^model\.vision_tower\.(vision_model\.)?{re.escape(name)}$"
+            for name in self.model.weights_above_selected_layer
+        }
         self.lm_head = nn.Linear(embeddings.weight.shape[1], embeddings.weight.shape[0], bias=False)
         self.post_init()
 
@@ -650,6 +689,35 @@ class MqtLlavaForConditionalGeneration(MqtLlavaPreTrainedModel, GenerationMixin)
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, vision_tower=None, **kwargs):
+        """
+        [`~transformers.PreTrainedModel.from_pretrained`], which also reads checkpoints of the authors' code.
+
+        Args:
+            pretrained_model_name_or_path (`str`): folder or Hub id, in this project's layout or the authors'.
+            vision_tower (`str`, *optional*): folder or Hub id of the CLIP, for a checkpoint of the authors that holds no
+                tower and whose config does not name it.
+            kwargs: everything else that `from_pretrained` takes.
+
+        Raises:
+            ValueError: if a weight is missing, unexpected or of the wrong shape (unless `ignore_mismatched_sizes` is set).
+                All of them are listed, and nothing half-loaded is returned.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        load = functools.partial(super().from_pretrained, output_loading_info=True)
+        if kwargs.get("config") is None and released_config(pretrained_model_name_or_path, kwargs) is not None:
+            # Found by name: the package that reads foreign checkpoints does not travel with this file.
+            foreign = importlib.import_module("mqt_llava.conversion.load")
+            model, info = foreign.load_released_model(load, pretrained_model_name_or_path, vision_tower, kwargs)
+        elif vision_tower is not None:
+            raise ValueError("`vision_tower` is for checkpoints of the authors' code; this one has its own tower.")
+        else:
+            model, info = load(pretrained_model_name_or_path, *args, **kwargs)
+        if not kwargs.get("ignore_mismatched_sizes"):
+            refuse_half_loaded(info)
+        return (model, info) if wants_info else model
 
     def save_pretrained(self, *args, **kwargs) -> None:
         """
