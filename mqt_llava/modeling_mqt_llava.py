@@ -729,6 +729,22 @@ class MqtLlavaForConditionalGeneration(MqtLlavaPreTrainedModel, GenerationMixin)
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(*args, **kwargs)
 
+    def push_to_hub(self, repo_id: str, *, include_code: bool = False, processor=None, **kwargs) -> str:
+        """
+        [`~transformers.utils.PushToHubMixin.push_to_hub`], with a model card and, on request, the code.
+
+        Args:
+            repo_id (`str`): Hub id, created if it does not exist.
+            include_code (`bool`, *optional*, defaults to `False`):
+                Upload the code too, so that `trust_remote_code=True` loads the model without this package.
+            processor ([`MqtLlavaProcessor`], *optional*): uploaded in the same commit.
+            kwargs: `private`, `token`, `revision`, `create_pr`, `commit_message`, `max_shard_size`; and for the card
+                `base_model`, `datasets`, `license`, `evaluation`.
+        """
+        hub = importlib.import_module("mqt_llava.hub")  # found by name: it does not travel with this file
+        parts = [self] if processor is None else [self, processor]
+        return hub.push_to_hub(parts, repo_id, include_code=include_code, **kwargs)
+
     @torch.no_grad()
     def generate(
         self,

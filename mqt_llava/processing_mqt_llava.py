@@ -169,6 +169,11 @@ class MqtLlavaProcessor(ProcessorMixin):
         foreign = importlib.import_module("mqt_llava.conversion.load")
         return foreign.load_released_processor(pretrained_model_name_or_path, vision_tower, **kwargs)
 
+    def push_to_hub(self, repo_id: str, *, include_code: bool = False, **kwargs) -> str:
+        """As the model's `push_to_hub`, for the processor alone."""
+        hub = importlib.import_module("mqt_llava.hub")  # found by name: it does not travel with this file
+        return hub.push_to_hub([self], repo_id, include_code=include_code, **kwargs)
+
     def get_text_with_replacements(self, text, images_replacements=(), *args, **kwargs):
         """
         Texts with their placeholders, and where these are. Sentencepiece tokenizers (Llama's) put a space in front of a

@@ -20,8 +20,11 @@ WEIGHTS_NAMES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-# What is fetched from the Hub: no code, and no weights of other frameworks.
-DATA_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "*.safetensors", "*.bin"]
+# What is fetched from the Hub: no code, no weights of other frameworks, and pickles only where there is nothing else.
+DATA_PATTERNS = [
+    *("*.json", "*.model", "*.txt", "*.jinja", "*.safetensors"),
+    *("query_abstractor.bin", "non_lora_trainables.bin", "adapter_model.bin"),
+]
 
 SAFETENSORS_NAMES = {
     torch.float64: "F64",
@@ -49,15 +52,10 @@ def local_folder(source: str | Path, **hub_kwargs) -> Path:
         return path
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) or str(source).startswith("."):
         raise ValueError(f"`{source}` must be a folder or a Hub id, but there is no such folder.")
-    from huggingface_hub import HfApi
-
-    patterns = DATA_PATTERNS
-    if not hub_kwargs.get("local_files_only"):
-        api = HfApi(token=hub_kwargs.get("token"))
-        names = api.list_repo_files(str(source), revision=hub_kwargs.get("revision"))
-        if any(name.endswith(".safetensors") for name in names):
-            patterns = [pattern for pattern in patterns if pattern != "*.bin"] + ["query_abstractor.bin"]
-    return Path(snapshot_download(str(source), allow_patterns=patterns, **hub_kwargs))
+    folder = Path(snapshot_download(str(source), allow_patterns=DATA_PATTERNS, **hub_kwargs))
+    if not any(folder.glob("*.safetensors")):
+        snapshot_download(str(source), allow_patterns=["*.bin"], **hub_kwargs)
+    return folder
 
 
 def read_json(path: Path) -> dict:

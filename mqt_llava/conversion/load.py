@@ -1,11 +1,13 @@
 """Model and processor straight from a checkpoint of the authors' code, without writing anything."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
+from transformers.utils import logging
 
 from ..configuration_mqt_llava import HUB_ARGUMENTS
 from ..modeling_mqt_llava import MqtLlavaForConditionalGeneration
@@ -45,10 +47,22 @@ def load_released_model(
         )
     pieces = check_pieces(plan_pieces(source), source)
     register_weight_transforms()
-    model, info = load(str(source.files[0][0].parent), config=source.config, **kwargs)
+    with _quiet_about_missing_weights():
+        model, info = load(str(source.files[0][0].parent), config=source.config, **kwargs)
     fill_tower(model, info, [piece for piece in pieces if piece.path.parent == source.vision_folder])
     model.generation_config = released_generation_config(source)
     return model, info
+
+
+@contextmanager
+def _quiet_about_missing_weights() -> Iterator[None]:
+    """Transformers would report the tower as missing and drawn at random, before it is filled in."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 @torch.no_grad()
