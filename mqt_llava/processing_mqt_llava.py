@@ -189,6 +189,7 @@ class MqtLlavaProcessor(ProcessorMixin):
 
     def _with_leading_spaces(self, prompt: str, replaced: list[dict], scheme: str) -> str:
         """The prompt with a space where a piece of text begins and the tokenizer adds none; `replaced` moves along."""
+        no_text = (self.image_token, *self.tokenizer.all_special_tokens)
         pieces, last = [], 0
         starts = [(0, None), *((offset["new_span"][1], offset) for offset in replaced)]
         shifts = 0
@@ -198,7 +199,7 @@ class MqtLlavaProcessor(ProcessorMixin):
             pieces.append(prompt[last:start])
             last = start
             by_itself = offset is None or scheme == "always"  # but not before another space
-            begins_text = start < len(prompt) and not prompt.startswith(tuple(self.tokenizer.all_special_tokens), start)
+            begins_text = start < len(prompt) and not prompt.startswith(no_text, start)
             if begins_text and (not by_itself or prompt[start] in " \u2581"):
                 pieces.append(" ")
                 shifts += 1
