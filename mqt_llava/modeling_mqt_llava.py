@@ -726,8 +726,9 @@ class MqtLlavaForConditionalGeneration(MqtLlavaPreTrainedModel, GenerationMixin)
         """
         if getattr(self.generation_config, "num_visual_tokens", None) is not None:
             self.generation_config._from_model_config = False
-        kwargs.setdefault("save_original_format", False)
-        super().save_pretrained(*args, **kwargs)
+        if kwargs.pop("save_original_format", False):
+            raise ValueError("`save_original_format` must be False: only this project's own layout is written.")
+        super().save_pretrained(*args, save_original_format=False, **kwargs)
 
     def push_to_hub(self, repo_id: str, *, include_code: bool = False, processor=None, **kwargs) -> str:
         """

@@ -186,7 +186,7 @@ def _complete(parts: _Parts, vision_tower: str | Path | None) -> Source:
         )
     inside = any(name.startswith(TOWER) for name in shapes)
     if vision_tower is None and not inside:
-        vision_tower = parts.released.get("mm_vision_tower")
+        vision_tower = parts.released.get("mm_vision_tower") or None
     vision_folder, vision_config = None, None
     if vision_tower is not None:
         vision_folder = _tower_folder(vision_tower)
