@@ -380,7 +380,7 @@ class MqtLlavaModel(MqtLlavaPreTrainedModel):
     def __init__(self, config: MqtLlavaConfig):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.weights_above_selected_layer = _cut_above_selected_layer(self.vision_tower, config)
+        self.weights_above_selected_layer = cut_above_selected_layer(self.vision_tower, config)
         self.language_model = AutoModel.from_config(config.text_config)
         # The width of the embeddings, not `hidden_size`: some OPT models embed narrower than they compute.
         self.query_transformer = MqtLlavaQueryTransformer(
@@ -552,7 +552,7 @@ def check_no_placeholders(is_image: torch.Tensor) -> None:
             )
 
 
-def _cut_above_selected_layer(tower: PreTrainedModel, config: MqtLlavaConfig) -> list[str]:
+def cut_above_selected_layer(tower: PreTrainedModel, config: MqtLlavaConfig) -> list[str]:
     """
     Takes out what lies above the hidden state that is read: no compute, no memory, no parameters without a gradient.
     The tower's config keeps describing the whole tower, since that is what checkpoints name it by. Returns the names of
@@ -718,6 +718,23 @@ class MqtLlavaForConditionalGeneration(MqtLlavaPreTrainedModel, GenerationMixin)
         if not kwargs.get("ignore_mismatched_sizes"):
             refuse_half_loaded(info)
         return (model, info) if wants_info else model
+
+    @classmethod
+    def from_components(cls, vision, language, max_visual_tokens: int = 256, **kwargs):
+        """
+        A new model and its processor, from any pretrained vision tower and language model.
+
+        Args:
+            vision (`str` or `PreTrainedModel`): folder, Hub id or the tower itself.
+            language (`str` or `PreTrainedModel`): folder, Hub id or the causal language model itself.
+            max_visual_tokens (`int`, *optional*, defaults to 256): M, a perfect square.
+            kwargs: `tokenizer`, `chat_template`, `dtype`, and any other field of [`MqtLlavaConfig`].
+
+        Returns:
+            [`MqtLlavaForConditionalGeneration`] and [`MqtLlavaProcessor`].
+        """
+        components = importlib.import_module("mqt_llava.conversion.components")  # does not travel with this file
+        return components.from_components(vision, language, max_visual_tokens=max_visual_tokens, **kwargs)
 
     def save_pretrained(self, *args, **kwargs) -> None:
         """
