@@ -36,6 +36,20 @@ MODEL_TYPES_WITHOUT_PLAIN_HEAD = frozenset(
 )
 
 
+# Larger than in any model; what lies outside is a typo or an attack, and would exhaust the machine before any weight is read.
+LARGEST_SIZES = {
+    "num_hidden_layers": 2**10,
+    "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12,
+    "head_dim": 2**14,
+    "hidden_size": 2**17,
+    "intermediate_size": 2**20,
+    "max_position_embeddings": 2**31,
+    "vocab_size": 2**24,
+    "image_size": 2**14,
+    "patch_size": 2**14,
+}
+
 # Arguments of `from_pretrained` that say which files of the Hub are meant.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -131,6 +145,8 @@ class MqtLlavaConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs):
+        for name in ("vision_config", "text_config"):
+            check_sizes(getattr(self, name), name)  # before other config classes calculate with them
         super().__post_init__(**kwargs)
         # Text configs carry their own flag; the composite model has to follow it (as LlavaConfig does).
         self.tie_word_embeddings = self.tie_word_embeddings or bool(
@@ -218,6 +234,24 @@ class MqtLlavaConfig(PreTrainedConfig):
             )
 
 
+def check_sizes(config: Any, name: str) -> None:
+    """
+    The sizes in a config are of a model that a machine can hold.
+
+    Args:
+        config (`dict` or `PreTrainedConfig`, *optional*): of a vision tower or a language model.
+        name (`str`): what to call it.
+
+    Raises:
+        ValueError: naming the size, its range and the value.
+    """
+    for size, largest in LARGEST_SIZES.items():
+        value = config.get(size) if isinstance(config, dict) else getattr(config, size, None)
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            if one is not None and (isinstance(one, bool) or not isinstance(one, int) or not 1 <= one <= largest):
+                raise ValueError(f"`{name}.{size}` must be a whole number between 1 and {largest}, got {one!r}.")
+
+
 def released_config(pretrained_model_name_or_path: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """
     The config.json of a checkpoint of the authors' code, `None` for any other folder or Hub id.
@@ -231,9 +265,12 @@ def released_config(pretrained_model_name_or_path: Any, kwargs: dict[str, Any]) 
     hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
     try:
         config_dict, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
+        model_type = config_dict.get("model_type")
     except (OSError, ValueError):
         return None  # no config there, as with a lone adapter; what is wrong with it is for the caller to say
-    return config_dict if config_dict.get("model_type") == RELEASED_MODEL_TYPE else None
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"The config.json of `{pretrained_model_name_or_path}` must hold a JSON object.") from error
+    return config_dict if model_type == RELEASED_MODEL_TYPE else None
 
 
 def check_num_visual_tokens(value: Any, num_images: int, max_visual_tokens: int) -> list[int]:

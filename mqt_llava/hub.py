@@ -1,13 +1,14 @@
 """To the Hub: a saved folder with its card, and on request the code to load it without this package."""
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 
 from .card import CARD_NAME, card_text, is_untouched, write_card
@@ -149,8 +150,21 @@ def _card_of_a_person(api: HfApi, repo_id: str, revision: str | None) -> bool:
 
 
 def _add_card(folder: Path, repo_id: str, include_code: bool, tags: list[str] | None, card: dict[str, Any]) -> None:
+    if (folder / "adapter_config.json").is_file() and (folder / CARD_NAME).is_file():
+        _drop_local_base(folder / CARD_NAME)
+        return
     config = folder / "config.json"
     maximum = MqtLlavaConfig().max_visual_tokens
     if config.is_file():
         maximum = json.loads(config.read_text(encoding="utf-8")).get("max_visual_tokens", maximum)
     write_card(folder, card_text(repo_id, maximum, include_code=include_code, tags=tags, **card))
+
+
+def _drop_local_base(path: Path) -> None:
+    """PEFT's own card names the base as it was loaded. A folder of this machine tells nobody anything; the Hub refuses it."""
+    card = ModelCard.load(path)
+    base = card.data.base_model
+    if isinstance(base, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) is None:
+        card.data.base_model = None
+        card.data.tags = [tag for tag in card.data.tags or [] if base not in tag] or None
+        path.write_text(str(card), encoding="utf-8")

@@ -7,8 +7,11 @@ image, C vision width (1024), D language width (4096). Numbers in brackets are t
 
 import copy
 import functools
+import glob
 import importlib
+import json
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -569,6 +572,23 @@ def cut_above_selected_layer(tower: PreTrainedModel, config: MqtLlavaConfig) -> 
     return [name for name in whole if name not in left]
 
 
+def check_index_stays_inside(folder) -> None:
+    """
+    The index of a local sharded checkpoint names files of its own folder only. (The Hub client sees to its own cache.)
+
+    Raises:
+        ValueError: naming the file that lies elsewhere.
+    """
+    if folder is None or not os.path.isdir(folder):
+        return
+    for index in glob.glob(os.path.join(glob.escape(os.fspath(folder)), "*.index.json")):
+        with open(index, encoding="utf-8") as file:
+            shards = set(json.load(file).get("weight_map", {}).values())
+        for shard in shards:
+            if os.path.basename(shard) != shard or "\\" in shard:
+                raise ValueError(f"`{index}` names the file {shard!r}, which is not in its own folder: refused.")
+
+
 def refuse_half_loaded(loading_info: dict) -> None:
     """
     A checkpoint fills the model exactly.
@@ -706,7 +726,10 @@ class MqtLlavaForConditionalGeneration(MqtLlavaPreTrainedModel, GenerationMixin)
                 All of them are listed, and nothing half-loaded is returned.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        load = functools.partial(super().from_pretrained, output_loading_info=True)
+        # Mismatches are reported with the rest, rather than as a bare error.
+        ignore_mismatches = kwargs.pop("ignore_mismatched_sizes", False)
+        check_index_stays_inside(pretrained_model_name_or_path)
+        load = functools.partial(super().from_pretrained, output_loading_info=True, ignore_mismatched_sizes=True)
         if kwargs.get("config") is None and released_config(pretrained_model_name_or_path, kwargs) is not None:
             # Found by name: the package that reads foreign checkpoints does not travel with this file.
             foreign = importlib.import_module("mqt_llava.conversion.load")
@@ -715,7 +738,7 @@ class MqtLlavaForConditionalGeneration(MqtLlavaPreTrainedModel, GenerationMixin)
             raise ValueError("`vision_tower` is for checkpoints of the authors' code; this one has its own tower.")
         else:
             model, info = load(pretrained_model_name_or_path, *args, **kwargs)
-        if not kwargs.get("ignore_mismatched_sizes"):
+        if not ignore_mismatches:
             refuse_half_loaded(info)
         return (model, info) if wants_info else model
 

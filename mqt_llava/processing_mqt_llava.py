@@ -8,7 +8,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
-from .configuration_mqt_llava import check_num_visual_tokens, released_config
+from .configuration_mqt_llava import LARGEST_MAX_VISUAL_TOKENS, check_num_visual_tokens, released_config
 
 
 # The conversation format that released checkpoints were tuned on (`conv_vicuna_v1` in `conversation.py` of the authors'
@@ -109,6 +109,10 @@ class MqtLlavaProcessor(ProcessorMixin):
             raise ValueError(
                 f"`tokenizer` must know the image token {self.image_token!r}. Add it with "
                 f"`tokenizer.add_tokens([{self.image_token!r}], special_tokens=True)`."
+            )
+        if isinstance(max_visual_tokens, bool) or not 1 <= max_visual_tokens <= LARGEST_MAX_VISUAL_TOKENS:
+            raise ValueError(
+                f"`max_visual_tokens` must be between 1 and {LARGEST_MAX_VISUAL_TOKENS}, got {max_visual_tokens}."
             )
         if num_visual_tokens is not None:
             check_num_visual_tokens(num_visual_tokens, 1, max_visual_tokens)

@@ -204,8 +204,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def validate(self, query):
         card = json.loads(self.drain())["content"]
-        valid = card.startswith("---\n") and "pipeline_tag:" in card
-        errors = [] if valid else [{"message": "no metadata"}]
+        valid = card.startswith("---\n") and "base_model: /" not in card
+        errors = [] if valid else [{"message": "no valid metadata"}]
         self.answer(200 if valid else 400, {"errors": errors, "warnings": []})
 
     def preupload(self, query, repo, revision):

@@ -9,7 +9,7 @@ from transformers.models.clip.configuration_clip import CLIPVisionConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.utils import logging
 
-from ..configuration_mqt_llava import RELEASED_MODEL_TYPE, MqtLlavaConfig
+from ..configuration_mqt_llava import RELEASED_MODEL_TYPE, MqtLlavaConfig, check_sizes
 
 
 logger = logging.get_logger(__name__)
@@ -121,6 +121,7 @@ def translate_config(
 
 def translate_text_config(released: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> LlamaConfig:
     """The language model's part of the flat config. Sizes are held against the weights before anything is built."""
+    check_sizes(released, "config")
     layers = count_layers(shapes, "model.layers.")
     embeddings = shapes.get("model.embed_tokens.weight", (None, None))
     for name, in_weights in (
