@@ -10,7 +10,6 @@ from ._auto import register
 from ._version import __version__
 
 
-
 _MODULE_OF = {
     "MqtLlavaConfig": "configuration_mqt_llava",
     "MODULES_NOT_TO_QUANTIZE": "modeling_mqt_llava",

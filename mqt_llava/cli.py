@@ -83,9 +83,13 @@ def _run_ask(args: argparse.Namespace) -> None:
 
 def _add_convert(commands) -> None:
     command = commands.add_parser("convert", help="bring a checkpoint of the authors' code to this project's layout")
-    command.add_argument("source", help="folder or Hub id of a model, LoRA run or first stage; or a query_abstractor.bin")
+    command.add_argument(
+        "source", help="folder or Hub id of a model, LoRA run or first stage; or a query_abstractor.bin"
+    )
     command.add_argument("destination", help="folder to write; must be new or empty")
-    command.add_argument("--vision-tower", metavar="ID_OR_DIR", help="the CLIP (default: inside, or what the config names)")
+    command.add_argument(
+        "--vision-tower", metavar="ID_OR_DIR", help="the CLIP (default: inside, or what the config names)"
+    )
     command.add_argument("--base-model", metavar="ID_OR_DIR", help="language model under a LoRA run or a first stage")
     command.add_argument("--revision", help="of a Hub source (default: main)")
     _add_push_arguments(command, "--push-to-hub")

@@ -5,12 +5,13 @@ import operator
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from huggingface_hub.dataclasses import strict
+from huggingface_hub.dataclasses import strict, validated_field
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
 
-# A 256 x 256 grid of queries is far beyond any vision tower's patches; larger numbers in a config are typos or attacks.
+# A 256 x 256 grid of queries is far beyond any vision tower's patches; larger numbers in a config are typos or
+# attacks.
 LARGEST_MAX_VISUAL_TOKENS = 65536
 
 # `model_type` in checkpoints of the authors' code (`LlavaConfig` in `language_model/llava_llama.py`).
@@ -36,7 +37,8 @@ MODEL_TYPES_WITHOUT_PLAIN_HEAD = frozenset(
 )
 
 
-# Larger than in any model; what lies outside is a typo or an attack, and would exhaust the machine before any weight is read.
+# Larger than in any model; what lies outside is a typo or an attack, and would exhaust the machine before any weight
+# is read.
 LARGEST_SIZES = {
     "num_hidden_layers": 2**10,
     "num_attention_heads": 2**12,
@@ -54,6 +56,24 @@ LARGEST_SIZES = {
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
+def _square_number(maximum: int) -> None:
+    """`max_visual_tokens` is a perfect square in a sane range."""
+    if not 1 <= maximum <= LARGEST_MAX_VISUAL_TOKENS or math.isqrt(maximum) ** 2 != maximum:
+        raise ValueError(
+            f"`max_visual_tokens` must be a perfect square between 1 and {LARGEST_MAX_VISUAL_TOKENS} (the queries "
+            f"start on a square grid), got {maximum}."
+        )
+
+
+def _token_id(token: int) -> None:
+    """`image_token_index` is a token id; -200, as in the authors' code, is a mark and not one."""
+    if token < 0:
+        raise ValueError(
+            f"`image_token_index` must be a token id, 0 or more, got {token}. Add an `<image>` token to the tokenizer "
+            "and give its id."
+        )
+
+
 @strict
 class MqtLlavaConfig(PreTrainedConfig):
     r"""
@@ -65,8 +85,8 @@ class MqtLlavaConfig(PreTrainedConfig):
         text_config (`dict` or `PreTrainedConfig`, *optional*, defaults to `LlamaConfig()`):
             The language model. Its head must be one plain linear layer (no bias, logit scaling or soft-capping).
         image_token_index (`int`, *optional*, defaults to 32000):
-            Id of the `<image>` placeholder; `image_token_id` is another name for it. It may lie outside the vocabulary,
-            since no embedding is ever looked up for it.
+            Id of the `<image>` placeholder; `image_token_id` is another name for it. It may lie outside the
+            vocabulary, since no embedding is ever looked up for it.
         max_visual_tokens (`int`, *optional*, defaults to 256):
             M: the number of learned queries, and so the most visual tokens that an image can have. A perfect square:
             the queries start on the cells of a `sqrt(M)` x `sqrt(M)` grid. Fixed by the checkpoint.
@@ -118,8 +138,8 @@ class MqtLlavaConfig(PreTrainedConfig):
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
-    image_token_index: int = 32000
-    max_visual_tokens: int = 256
+    image_token_index: int = validated_field(_token_id, default=32000)
+    max_visual_tokens: int = validated_field(_square_number, default=256)
     query_num_attention_heads: int = 16
     vision_feature_layer: int = -2
     vision_feature_select_strategy: Literal["default", "full"] = "default"
@@ -129,8 +149,8 @@ class MqtLlavaConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """
-        [`~transformers.PreTrainedConfig.from_dict`], for configs of this model only: another model's fields would be taken
-        over without a word, and the defaults kept where they should not be.
+        [`~transformers.PreTrainedConfig.from_dict`], for configs of this model only: another model's fields would be
+        taken over without a word, and the defaults kept where they should not be.
 
         Raises:
             ValueError: if the dictionary is of another model type.
@@ -145,9 +165,10 @@ class MqtLlavaConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs):
-        for name in ("vision_config", "text_config"):
-            check_sizes(getattr(self, name), name)  # before other config classes calculate with them
-        super().__post_init__(**kwargs)
+        try:
+            super().__post_init__(**kwargs)
+        except ZeroDivisionError as error:  # other config classes divide by heads and patches without a look
+            raise ValueError("`vision_config` and `text_config` must be of positive sizes, got a 0.") from error
         # Text configs carry their own flag; the composite model has to follow it (as LlavaConfig does).
         self.tie_word_embeddings = self.tie_word_embeddings or bool(
             getattr(self.text_config, "tie_word_embeddings", False)
@@ -166,25 +187,16 @@ class MqtLlavaConfig(PreTrainedConfig):
             return 0
         return 1 + (getattr(self.vision_config, "num_register_tokens", 0) or 0)
 
-    def validate_max_visual_tokens(self):
-        """`max_visual_tokens` is a perfect square in a sane range."""
-        maximum = self.max_visual_tokens
-        if not 1 <= maximum <= LARGEST_MAX_VISUAL_TOKENS or math.isqrt(maximum) ** 2 != maximum:
-            raise ValueError(
-                f"`max_visual_tokens` must be a perfect square between 1 and {LARGEST_MAX_VISUAL_TOKENS} (the queries "
-                f"start on a square grid), got {maximum}."
-            )
-
-    def validate_image_token(self):
-        """`image_token_index` is a token id."""
-        if self.image_token_index < 0:
-            raise ValueError(
-                f"`image_token_index` must be a token id, 0 or more, got {self.image_token_index}. Add an `<image>` "
-                "token to the tokenizer and give its id."
-            )
+    def validate_sizes(self):
+        """Tower and language model have sizes that a machine can hold."""
+        for name in ("vision_config", "text_config"):
+            config = getattr(self, name)
+            sizes = {size: vars(config).get(config.attribute_map.get(size, size)) for size in LARGEST_SIZES}
+            check_sizes(sizes, name)
 
     def validate_query_heads(self):
         """The tower's width can carry the queries: heads divide it, and so do the 4 parts of the position table."""
+        self.validate_vision_tower()  # validators run by name; the width is there only in a tower
         width, heads = self.vision_config.hidden_size, self.query_num_attention_heads
         if heads < 1 or width % heads:
             raise ValueError(
@@ -199,18 +211,30 @@ class MqtLlavaConfig(PreTrainedConfig):
 
     def validate_vision_tower(self):
         """The tower takes plain pixels and has the layer that `vision_feature_layer` names."""
-        layers = getattr(self.vision_config, "num_hidden_layers", None)
-        if self.vision_config.model_type == "siglip2_vision_model" or not isinstance(layers, int) or layers < 1:
+        layers, width = (getattr(self.vision_config, name, None) for name in ("num_hidden_layers", "hidden_size"))
+        plain = isinstance(layers, int) and isinstance(width, int) and layers > 0 and width > 0
+        if not plain or self.vision_config.model_type == "siglip2_vision_model":
             raise ValueError(
                 "`vision_config` must be a tower of equal layers over `[3, H, W]` pixels (CLIP, SigLIP, DINOv2, "
                 f"DINOv3, ViT, ...), got `model_type={self.vision_config.model_type!r}` with `num_hidden_layers="
-                f"{layers}`. For SigLIP 2 use a fixed-resolution checkpoint, whose type is `siglip_vision_model`."
+                f"{layers}` and `hidden_size={width}`. For SigLIP 2 use a fixed-resolution checkpoint, whose type is "
+                "`siglip_vision_model`."
             )
         if not 1 <= self.num_vision_layers <= layers:
             raise ValueError(
                 f"`vision_feature_layer` must be between 1 and {layers}, or between {-layers} and -1, for a tower of "
                 f"{layers} layers, got {self.vision_feature_layer}."
             )
+
+    def validate_language_model(self):
+        """The language model has layers and a vocabulary."""
+        for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
+            value = getattr(self.text_config, name, None)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(
+                    f"`text_config.{name}` must be a positive number, got {value!r} in a config of type "
+                    f"{self.text_config.model_type!r}. Give the config of a causal language model."
+                )
 
     def validate_language_head(self):
         """The language model's head is one plain linear layer; anything more would be lost without a word."""
@@ -229,24 +253,22 @@ class MqtLlavaConfig(PreTrainedConfig):
                     "model."
                 )
         if text.model_type == "ernie4_5_moe" and text.use_bias:
-            raise ValueError(
-                "`text_config.use_bias` must be False because the head is a plain linear layer, got True."
-            )
+            raise ValueError("`text_config.use_bias` must be False because the head is a plain linear layer, got True.")
 
 
-def check_sizes(config: Any, name: str) -> None:
+def check_sizes(config: dict[str, Any], name: str) -> None:
     """
-    The sizes in a config are of a model that a machine can hold.
+    The sizes in a config are of a model that a machine can hold. Those that are not there are not looked at.
 
     Args:
-        config (`dict` or `PreTrainedConfig`, *optional*): of a vision tower or a language model.
+        config (`dict`): of a vision tower or a language model.
         name (`str`): what to call it.
 
     Raises:
         ValueError: naming the size, its range and the value.
     """
     for size, largest in LARGEST_SIZES.items():
-        value = config.get(size) if isinstance(config, dict) else getattr(config, size, None)
+        value = config.get(size)
         for one in value if isinstance(value, (list, tuple)) else [value]:
             if one is not None and (isinstance(one, bool) or not isinstance(one, int) or not 1 <= one <= largest):
                 raise ValueError(f"`{name}.{size}` must be a whole number between 1 and {largest}, got {one!r}.")

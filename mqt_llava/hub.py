@@ -101,7 +101,8 @@ def push_folder(
             Python file and no `auto_map` is uploaded.
         private, token, revision, create_pr, commit_message, commit_description: as for `HfApi.upload_folder`.
         tags: more tags for the card.
-        card: `base_model`, `datasets`, `license` and `evaluation` of the card. A card that a person has written or changed,
+        card: `base_model`, `datasets`, `license` and `evaluation` of the card. A card that a person has written or
+            changed,
             here or on the Hub, is kept.
 
     Returns:
@@ -161,7 +162,10 @@ def _add_card(folder: Path, repo_id: str, include_code: bool, tags: list[str] | 
 
 
 def _drop_local_base(path: Path) -> None:
-    """PEFT's own card names the base as it was loaded. A folder of this machine tells nobody anything; the Hub refuses it."""
+    """
+    PEFT's own card names the base as it was loaded. A folder of this machine tells nobody anything; the Hub refuses
+    it.
+    """
     card = ModelCard.load(path)
     base = card.data.base_model
     if isinstance(base, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) is None:

@@ -1,8 +1,8 @@
 """
 MQT-LLaVA: pixels and token ids in, logits out; `generate(num_visual_tokens=m)` at any budget.
 
-Axes: B prompts, S prompt length, I images, N patches (24 * 24 = 576), M learned queries (256), m <= M tokens kept of an
-image, C vision width (1024), D language width (4096). Numbers in brackets are those of the released 7B model.
+Axes: B prompts, S prompt length, I images, N patches (24 * 24 = 576), M learned queries (256), m <= M tokens kept of
+an image, C vision width (1024), D language width (4096). Numbers in brackets are those of the released 7B model.
 """
 
 import copy
@@ -38,8 +38,9 @@ from .configuration_mqt_llava import MqtLlavaConfig, check_num_visual_tokens, re
 # query reads its own place and little else.
 LOCAL_INIT_SCALE = 6.0
 
-# Give these to a quantization config (`llm_int8_skip_modules` of bitsandbytes, `modules_to_not_convert` elsewhere): the
-# query transformer holds bare parameters beside its linear layers, and the tower is small beside the language model.
+# Give these to a quantization config (`llm_int8_skip_modules` of bitsandbytes, `modules_to_not_convert` elsewhere):
+# the query transformer holds bare parameters beside its linear layers, and the tower is small beside the language
+# model.
 MODULES_NOT_TO_QUANTIZE = ["vision_tower", "query_transformer", "lm_head"]
 
 # Parts of a vision tower that come after its layers. No hidden state passes through them, so they are taken out.
@@ -86,8 +87,8 @@ class MqtLlavaQueryTransformer(nn.Module):
 
     Keys are positions only and values are features only, as in the released checkpoints (`Resampler` in
     `multimodal_projector/builder.py` of the authors' code). So the attention map is the same for every image, it
-    explains nothing about one, and everything up to the keys is computed once per call, not per image. Queries never see
-    each other: the first m of M outputs are the outputs for m.
+    explains nothing about one, and everything up to the keys is computed once per call, not per image. Queries never
+    see each other: the first m of M outputs are the outputs for m.
     """
 
     def __init__(self, config: MqtLlavaConfig, output_size: int):
@@ -169,8 +170,8 @@ class MqtLlavaCrossAttention(nn.Module):
 def init_query_transformer(module: MqtLlavaQueryTransformer) -> None:
     """
     Starting values as released: queries truncated normal 0.02, `proj` normal `D ** -0.5`, the packed query-key-value
-    matrix Xavier-uniform as `nn.MultiheadAttention` draws it (over `3 C` outputs, so narrower than for one matrix), all
-    other linear layers truncated normal 0.02. Then `query_init="local"` moves the queries to their places.
+    matrix Xavier-uniform as `nn.MultiheadAttention` draws it (over `3 C` outputs, so narrower than for one matrix),
+    all other linear layers truncated normal 0.02. Then `query_init="local"` moves the queries to their places.
     """
     attn, width = module.attn, module.width
     init.copy_(module.pos_embed, module.fresh_pos_embed())
@@ -218,11 +219,11 @@ def count_placeholders_per_image(is_image: torch.Tensor, lengths: list[int]) -> 
     Raises:
         ValueError: if none of the three readings is possible.
     """
-    starts = is_image & ~F.pad(is_image, (1, 0))[:, :-1]
+    starts = run_starts(is_image)
     run = (starts.flatten().cumsum(0) - 1).clamp(min=0, max=len(lengths) - 1)
-    run_lengths = run.new_zeros(len(lengths)).scatter_add(0, run, is_image.flatten().to(run.dtype))
+    one_run_each = run.new_zeros(len(lengths)).scatter_add(0, run, is_image.flatten().to(run.dtype))
     all_tokens = torch.tensor(lengths, device=is_image.device, dtype=run.dtype)
-    counts = torch.where(is_image.sum() == sum(lengths), all_tokens, run_lengths)
+    counts = torch.where(is_image.sum() == sum(lengths), all_tokens, one_run_each)
     if is_torchdynamo_compiling():  # a graph takes the first two readings; `visual_token_counts` settles the third
         return counts
     num_runs, total = int(starts.sum()), int(is_image.sum())
@@ -230,7 +231,7 @@ def count_placeholders_per_image(is_image: torch.Tensor, lengths: list[int]) -> 
         return counts
     per_prompt = is_image.sum(-1).tolist()
     share, rest = divmod(total, len(lengths))
-    if rest or any(length % max(share, 1) for length in _run_lengths(is_image, starts)):
+    if rest or any(length % max(share, 1) for length in run_lengths(is_image, starts)):
         raise ValueError(
             f"The prompts have {per_prompt} image placeholders in {num_runs} runs for {len(lengths)} images, which can "
             "be shared out in more than one way or in none. Give one run of placeholders per image, or pass "
@@ -239,15 +240,20 @@ def count_placeholders_per_image(is_image: torch.Tensor, lengths: list[int]) -> 
     return torch.full_like(counts, share)
 
 
-def _run_lengths(is_image: torch.Tensor, starts: torch.Tensor) -> list[int]:
-    """Lengths of the runs of placeholders, in order."""
+def run_starts(is_image: torch.Tensor) -> torch.Tensor:
+    """`(B, S)`: the first placeholder of each run."""
+    return is_image & ~F.pad(is_image, (1, 0))[:, :-1]
+
+
+def run_lengths(is_image: torch.Tensor, starts: torch.Tensor) -> list[int]:
+    """Lengths of the runs of placeholders, in flat order."""
     run = starts.flatten().cumsum(0)[is_image.flatten()]
     return torch.unique_consecutive(run, return_counts=True)[1].tolist()
 
 
 def check_prompts_fit(is_image: torch.Tensor, counts: list[int], lengths: list[int]) -> None:
     """
-    Every prompt's placeholders are those of whole images, and no image is asked for more tokens than it has.
+    Every run of placeholders is that of whole images, and no image is asked for more tokens than it has.
 
     Args:
         is_image (`torch.Tensor` of shape `(B, S)`): where the placeholders stand.
@@ -267,17 +273,20 @@ def check_prompts_fit(is_image: torch.Tensor, counts: list[int], lengths: list[i
                 f"Image {image} has {count} placeholders in its prompt, but must have between 1 and {length}. Process "
                 "the prompt with `num_visual_tokens` in that range."
             )
+    starts = run_starts(is_image)
+    runs = iter(run_lengths(is_image, starts))
     image = 0
-    for prompt, placeholders in enumerate(is_image.sum(-1).tolist()):
-        taken: list[int] = []
-        while image < len(counts) and sum(taken) < placeholders:
-            taken.append(counts[image])
-            image += 1
-        if sum(taken) != placeholders:
-            raise ValueError(
-                f"Prompt {prompt} has {placeholders} image placeholders, but its images take {taken} = {sum(taken)}. "
-                "Process text and images in one call, and give generate and the processor images in the same order."
-            )
+    for prompt, num_runs in enumerate(starts.sum(-1).tolist()):
+        for run in (next(runs) for _ in range(num_runs)):
+            taken: list[int] = []
+            while image < len(counts) and sum(taken) < run:
+                taken.append(counts[image])
+                image += 1
+            if sum(taken) != run:
+                raise ValueError(
+                    f"Prompt {prompt} has {run} image placeholders in a row, but the images there take {taken} = "
+                    f"{sum(taken)}. Process text and images in one call, and keep images in the order of the prompts."
+                )
     if image < len(counts):
         raise ValueError(
             f"The prompts have placeholders for {image} images, but {len(counts)} images were given. Each image needs "
@@ -293,7 +302,7 @@ def place_visual_tokens(
     lengths: list[int],
 ) -> torch.Tensor:
     """
-    `inputs_embeds` with visual tokens where the placeholders are: the k-th placeholder of an image takes its k-th token.
+    `inputs_embeds` with visual tokens at the placeholders: the k-th placeholder of an image takes its k-th token.
 
     A gather rather than a masked scatter: no shape depends on the data, so one graph serves every budget.
 
@@ -382,6 +391,7 @@ class MqtLlavaModel(MqtLlavaPreTrainedModel):
 
     def __init__(self, config: MqtLlavaConfig):
         super().__init__(config)
+        config.validate()  # values may have been changed since it was built
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.weights_above_selected_layer = cut_above_selected_layer(self.vision_tower, config)
         self.language_model = AutoModel.from_config(config.text_config)
@@ -395,7 +405,8 @@ class MqtLlavaModel(MqtLlavaPreTrainedModel):
         """`(I, 3, H, W)` pixels to `(I, N, C)`: the selected hidden state of the tower, patches only."""
         if pixel_values.ndim != 4:
             raise ValueError(
-                f"`pixel_values` must have shape `(num_images, channels, height, width)`, got {tuple(pixel_values.shape)}."
+                "`pixel_values` must have shape `(num_images, channels, height, width)`, got "
+                f"{tuple(pixel_values.shape)}."
             )
         # The tower ends at the selected layer and its final norm is gone, so its output is that hidden state.
         hidden_states = self.vision_tower(pixel_values, return_dict=True, **kwargs).last_hidden_state
@@ -409,7 +420,8 @@ class MqtLlavaModel(MqtLlavaPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         """
-        Visual tokens of images, to be placed in prompts or given to `generate(mm_encoder_outputs=...)` at many budgets.
+        Visual tokens of images, to be placed in prompts or given to `generate(mm_encoder_outputs=...)` at many
+        budgets.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(I, 3, H, W)`): from the processor.
@@ -417,8 +429,8 @@ class MqtLlavaModel(MqtLlavaPreTrainedModel):
                 Tokens to keep of each image.
 
         Returns:
-            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `pooler_output` is a list with one `(m_i, D)`
-            tensor per image, `last_hidden_state` the `(I, N, C)` patch features behind them.
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `pooler_output` is a list with one `(m_i,
+            D)` tensor per image, `last_hidden_state` the `(I, N, C)` patch features behind them.
 
         Raises:
             ValueError: if a count is not between 1 and M, or there is not one per image.
@@ -495,7 +507,7 @@ class MqtLlavaModel(MqtLlavaPreTrainedModel):
                 Placeholders of each image, from the processor. Needed only where images stand side by side with
                 different budgets.
             mm_encoder_outputs (`dict`, *optional*):
-                `{"image": get_image_features(...)}` instead of `pixel_values`. Longer token lists are cut to the prompt.
+                `{"image": get_image_features(...)}` instead of `pixel_values`. The prompt takes a prefix of each.
 
         Raises:
             ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, if both `pixel_values` and
@@ -550,16 +562,16 @@ def check_no_placeholders(is_image: torch.Tensor) -> None:
     for prompt, placeholders in enumerate(is_image.sum(-1).tolist()):
         if placeholders:
             raise ValueError(
-                f"Prompt {prompt} has {placeholders} image placeholders, but there are no images. Pass `pixel_values` or "
-                "`mm_encoder_outputs`."
+                f"Prompt {prompt} has {placeholders} image placeholders, but there are no images. Pass `pixel_values` "
+                "or `mm_encoder_outputs`."
             )
 
 
 def cut_above_selected_layer(tower: PreTrainedModel, config: MqtLlavaConfig) -> list[str]:
     """
     Takes out what lies above the hidden state that is read: no compute, no memory, no parameters without a gradient.
-    The tower's config keeps describing the whole tower, since that is what checkpoints name it by. Returns the names of
-    the weights that are gone.
+    The tower's config keeps describing the whole tower, since that is what checkpoints name it by. Returns the names
+    of the weights that are gone.
     """
     whole = tower.state_dict().keys()
     for module in tower.modules():
@@ -594,7 +606,8 @@ def refuse_half_loaded(loading_info: dict) -> None:
     A checkpoint fills the model exactly.
 
     Args:
-        loading_info (`dict`): `missing_keys`, `unexpected_keys` and `mismatched_keys`, as `from_pretrained` reports them.
+        loading_info (`dict`): `missing_keys`, `unexpected_keys` and `mismatched_keys`, as `from_pretrained` reports
+            them.
 
     Raises:
         ValueError: listing the keys that say otherwise.
@@ -717,12 +730,14 @@ class MqtLlavaForConditionalGeneration(MqtLlavaPreTrainedModel, GenerationMixin)
 
         Args:
             pretrained_model_name_or_path (`str`): folder or Hub id, in this project's layout or the authors'.
-            vision_tower (`str`, *optional*): folder or Hub id of the CLIP, for a checkpoint of the authors that holds no
+            vision_tower (`str`, *optional*): folder or Hub id of the CLIP, for a checkpoint of the authors that holds
+                no
                 tower and whose config does not name it.
             kwargs: everything else that `from_pretrained` takes.
 
         Raises:
-            ValueError: if a weight is missing, unexpected or of the wrong shape (unless `ignore_mismatched_sizes` is set).
+            ValueError: if a weight is missing, unexpected or of the wrong shape (unless `ignore_mismatched_sizes` is
+                set).
                 All of them are listed, and nothing half-loaded is returned.
         """
         wants_info = kwargs.pop("output_loading_info", False)
@@ -815,8 +830,8 @@ class MqtLlavaForConditionalGeneration(MqtLlavaPreTrainedModel, GenerationMixin)
             kwargs: everything else that `generate` and `forward` take. The image token is never generated.
 
         Raises:
-            ValueError: if `num_visual_tokens` is not in range or not one per image, if prompts and images do not fit, if
-                a non-empty `past_key_values` holds another number of visual tokens, or for unknown arguments.
+            ValueError: if `num_visual_tokens` is not in range or not one per image, if prompts and images do not fit,
+                if a non-empty `past_key_values` holds another number of visual tokens, or for unknown arguments.
         """
         if generation_config is not None and generation_config.is_assistant:
             # A drafting call inside assisted generation: its prompt is already rewritten, its images not passed on.
@@ -871,7 +886,7 @@ def resize_placeholder_runs(
     keep: torch.Tensor,
     old_counts: list[int],
     new_counts: list[int],
-) -> tuple[list[torch.Tensor], torch.Tensor]:
+) -> list[torch.Tensor]:
     """
     Rows of `tokens` where image i has `new_counts[i]` placeholders in place of its `old_counts[i]`.
 
@@ -884,10 +899,10 @@ def resize_placeholder_runs(
     Returns:
         B rows of different lengths.
     """
-    old = torch.tensor(old_counts, device=tokens.device)
-    first_placeholder = torch.cat([old.new_zeros(1), old.cumsum(0)])[:-1]  # (I,)
-    repeats_at_placeholders = old.new_zeros(int(old.sum()))
-    repeats_at_placeholders[first_placeholder] = torch.tensor(new_counts, device=tokens.device)
+    old = torch.tensor(old_counts, dtype=torch.long, device=tokens.device)
+    repeats_at_placeholders = old.new_zeros(sum(old_counts))
+    # The first placeholder of an image is repeated, the others are dropped.
+    repeats_at_placeholders[old.cumsum(0) - old] = torch.tensor(new_counts, dtype=torch.long, device=tokens.device)
     repeats = keep.to(old.dtype).masked_scatter(is_image, repeats_at_placeholders)  # (B, S)
     return list(tokens.flatten().repeat_interleave(repeats.flatten()).split(repeats.sum(-1).tolist()))
 
@@ -1031,13 +1046,12 @@ class _Prompt:
             )
         if num_visual_tokens is None:
             return
-        starts = is_image & ~F.pad(is_image, (1, 0))[:, :-1]
-        runs = _run_lengths(is_image, starts)
+        runs = run_lengths(is_image, run_starts(is_image))
         wanted = check_num_visual_tokens(num_visual_tokens, len(runs), self.model.config.max_visual_tokens)
         if runs != wanted:
             raise ValueError(
-                f"`num_visual_tokens` is {num_visual_tokens}, but `past_key_values` was filled from a prompt with {runs} "
-                "visual tokens per image. Start without the cache to change the number."
+                f"`num_visual_tokens` is {num_visual_tokens}, but `past_key_values` was filled from a prompt with "
+                f"{runs} visual tokens per image. Start without the cache to change the number."
             )
 
 

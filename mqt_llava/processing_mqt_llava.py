@@ -1,4 +1,4 @@
-"""Images and text in, tensors out: each `<image>` of a prompt becomes as many placeholders as visual tokens are asked for."""
+"""Images and text in, tensors out: each `<image>` of a prompt becomes as many placeholders as it has visual tokens."""
 
 import importlib
 
@@ -58,13 +58,13 @@ PLAIN_CHAT_TEMPLATE = """\
 """
 
 
-class MqtLlavaImagesKwargs(ImagesKwargs, total=False):
+class MqtLlavaImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """Image arguments of [`MqtLlavaProcessor`]: those of the image processor, and the budget."""
 
     num_visual_tokens: int | list[int] | None
 
 
-class MqtLlavaProcessorKwargs(ProcessingKwargs, total=False):
+class MqtLlavaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     """Arguments of [`MqtLlavaProcessor`], by modality."""
 
     images_kwargs: MqtLlavaImagesKwargs
@@ -80,7 +80,7 @@ class MqtLlavaProcessor(ProcessorMixin):
     batch. The same goes through `apply_chat_template(..., processor_kwargs={"num_visual_tokens": m})`.
 
     Args:
-        image_processor ([`LlavaImageProcessor`]): with `do_pad`, images keep their shape on a square of the mean colour.
+        image_processor ([`LlavaImageProcessor`]): with `do_pad`, an image is put on a square of the mean colour.
         tokenizer ([`PreTrainedTokenizerBase`]): must know `image_token`.
         chat_template (`str`, *optional*): defaults to the tokenizer's, else to Vicuna-v1.
         image_token (`str`, *optional*, defaults to `"<image>"`): the placeholder.
@@ -127,7 +127,7 @@ class MqtLlavaProcessor(ProcessorMixin):
         return [*self.tokenizer.model_input_names, "pixel_values", "visual_token_counts"]
 
     def validate_inputs(self, images: ImageInput | None = None, text=None, **kwargs) -> None:
-        """Upstream compares the totals of a batch; images given as one list per prompt are compared prompt by prompt."""
+        """Upstream compares the totals of a batch; images given as a list per prompt are compared prompt by prompt."""
         super().validate_inputs(images=images, text=text, **kwargs)
         if not isinstance(images, (list, tuple)) or not all(isinstance(group, (list, tuple)) for group in images):
             return

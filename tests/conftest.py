@@ -18,7 +18,8 @@ from mqt_llava import MqtLlavaConfig, MqtLlavaForConditionalGeneration, MqtLlava
 
 
 IMAGE_SIZE, MAX_VISUAL_TOKENS = 24, 16
-WORDS = "what is in the picture a red green blue square circle how many USER: ASSISTANT: and this that one two".split()
+TEXT = "what is in the picture a red green blue square circle how many USER: ASSISTANT: and this that one two"
+WORDS = TEXT.split()
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
 
 

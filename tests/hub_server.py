@@ -1,5 +1,6 @@
 """
-A Hub on loopback, in memory: create, preupload, LFS, commit, list, resolve, private repositories, and faults on request.
+A Hub on loopback, in memory: create, preupload, LFS, commit, list, resolve, private repositories, and faults on
+    request.
 
 It speaks what the real client was seen to say, nothing more.
 """
@@ -171,7 +172,7 @@ class Handler(BaseHTTPRequestHandler):
         if repository is None or (repository.private and not self.signed_in):
             self.drain()
             self.answer(
-                401, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "not found"}
+                401, {"error": "none"}, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
             )
             return None
         return repository
@@ -314,7 +315,9 @@ class Handler(BaseHTTPRequestHandler):
         found = repository.files(revision)
         if found is None or name not in found[1]:
             code = "RevisionNotFound" if found is None else "EntryNotFound"
-            return self.answer(404, {"error": "none"}, {"X-Error-Code": code, "X-Repo-Commit": found[0] if found else ""})
+            return self.answer(
+                404, {"error": "none"}, {"X-Error-Code": code, "X-Repo-Commit": found[0] if found else ""}
+            )
         sha, files = found
         data = files[name]
         digest = hashlib.sha256(data).hexdigest()

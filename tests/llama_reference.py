@@ -1,6 +1,6 @@
 """
-The tokenizer of the authors' code, slow and plain: sentencepiece itself, as Transformers 4.36 called it, and their own way
-with images. Only `sentencepiece` is used, nothing of Transformers.
+The tokenizer of the authors' code, slow and plain: sentencepiece itself, as Transformers 4.36 called it, and their
+own way with images. Only `sentencepiece` is used, nothing of Transformers.
 """
 
 import re

@@ -49,7 +49,9 @@ def language_model(folder, weights=None):
     plain = {name: value for name, value in settings.items() if "mm_" not in name and "visual" not in name}
     plain.pop("query_abstractor_type")
     plain.pop("image_aspect_ratio")
-    (folder / "config.json").write_text(json.dumps({**plain, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    (folder / "config.json").write_text(
+        json.dumps({**plain, "model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+    )
     return folder
 
 

@@ -36,9 +36,7 @@ def plain_tokenizer(*more):
     vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *more, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def save_tower(folder, config):
@@ -116,14 +114,25 @@ def test_components_keep_their_weights(parts):
 
 def test_vocabulary_becomes_a_multiple_of_64(parts):
     model, processor = MqtLlavaForConditionalGeneration.from_components(*parts, max_visual_tokens=16)
-    assert len(model.get_input_embeddings().weight) == len(model.lm_head.weight) == model.config.text_config.vocab_size == 64
+    assert (
+        len(model.get_input_embeddings().weight)
+        == len(model.lm_head.weight)
+        == model.config.text_config.vocab_size
+        == 64
+    )
     assert model.config.image_token_id == processor.image_token_id == len(processor.tokenizer) - 1
 
 
 def test_whole_clip_lends_its_tower(tmp_path, parts):
     settings = vision_config()
     settings.pop("model_type")
-    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 50}
+    text = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "vocab_size": 50,
+    }
     text |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     clip = CLIPModel(CLIPConfig(vision_config=settings, text_config=text, projection_dim=8))
     clip.save_pretrained(tmp_path / "clip")

@@ -5,8 +5,8 @@ import os
 
 import pytest
 import torch
-from released import FIDELITY, TOWER, language_model, lora_run, whole_weights, without_tower, write
 from PIL import Image
+from released import FIDELITY, TOWER, language_model, lora_run, whole_weights, without_tower, write
 from safetensors.torch import load_file
 
 from mqt_llava import MqtLlavaConfig, MqtLlavaForConditionalGeneration, MqtLlavaProcessor
@@ -69,9 +69,7 @@ def sharded_pickles_converted(folder):
 
 def first_stage_file(folder):
     base = language_model(folder / "llama")
-    weights, processor = converted(
-        FIDELITY / "query_abstractor.bin", folder, base_model=base, vision_tower=CLIP
-    )
+    weights, processor = converted(FIDELITY / "query_abstractor.bin", folder, base_model=base, vision_tower=CLIP)
     assert processor.image_processor.do_pad is False  # as in the first stage
     processor.image_processor.do_pad = True
     return weights, processor
@@ -154,7 +152,9 @@ def test_losses_are_the_recorded_ones(loaded, num_visual_tokens):
         [row.repeat_interleave(times) for row, times in zip(tensor, repeats)]
         for tensor in (ids.masked_fill(ids == -200, model.config.image_token_id), mask, labels)
     ]
-    ids, mask, labels = (torch.nn.utils.rnn.pad_sequence(tensor, True, value) for tensor, value in zip(rows, (0, 0, -100)))
+    ids, mask, labels = (
+        torch.nn.utils.rnn.pad_sequence(tensor, True, value) for tensor, value in zip(rows, (0, 0, -100))
+    )
     pixels = processor.image_processor(pictures(["square", "wide"]), return_tensors="pt")["pixel_values"]
     loss = model(input_ids=ids, attention_mask=mask, labels=labels, pixel_values=pixels).loss
     assert abs(loss.item() - EXPECTED["loss"][str(num_visual_tokens)]) < 1e-5

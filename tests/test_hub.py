@@ -115,7 +115,8 @@ def test_pushed_code_serves_every_auto_class(hub, client, without_package, saved
         """
 from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor, pipeline
 kwargs = {"trust_remote_code": True}
-result = [type(cls.from_pretrained(repo, **kwargs)).__name__ for cls in (AutoConfig, AutoModel, AutoModelForMultimodalLM)]
+classes = AutoConfig, AutoModel, AutoModelForMultimodalLM
+result = [type(cls.from_pretrained(repo, **kwargs)).__name__ for cls in classes]
 pipe = pipeline("image-text-to-text", model=repo, **kwargs)
 text = pipe(image, text="what is <image> this", generate_kwargs={"num_visual_tokens": 9, "max_new_tokens": 5})
 result.append(bool(text))
@@ -251,7 +252,7 @@ def test_download_that_never_completes_leaves_nothing_behind(hub, client, saved,
     with pytest.raises(ClientError):
         ask(client, saved, repo)
     cached = client.home / "hub" / f"models--{repo.replace('/', '--')}"
-    assert not [path for path in cached.glob("snapshots/*/*.safetensors")]
+    assert not list(cached.glob("snapshots/*/*.safetensors"))
     hub.faults.clear()
     assert ask(client, saved, repo) == saved[2]
 
@@ -268,9 +269,16 @@ def test_slow_answer_is_waited_for_or_tried_again(hub, client, saved, repo):
 
 
 def test_card_is_written_with_valid_metadata(hub, client, saved, repo):
-    push(client, saved, repo, base_model="lmsys/vicuna", datasets=["one"], license="mit", evaluation={"VQA": {2: 61.04}})
+    push(
+        client, saved, repo, base_model="lmsys/vicuna", datasets=["one"], license="mit", evaluation={"VQA": {2: 61.04}}
+    )
     card = hub.files(repo)["README.md"].decode()
-    for line in ("library_name: transformers", "pipeline_tag: image-text-to-text", "base_model: lmsys/vicuna", "license: mit"):
+    for line in (
+        "library_name: transformers",
+        "pipeline_tag: image-text-to-text",
+        "base_model: lmsys/vicuna",
+        "license: mit",
+    ):
         assert line in card
     assert "| 2 | 61.0 |" in card
     client.run("from huggingface_hub import ModelCard; ModelCard(card).validate()", card=card)
@@ -297,7 +305,9 @@ def test_card_that_a_person_edited_stays(hub, client, saved, repo):
 
 
 def test_command_line_pushes(hub, client, saved, repo):
-    code = client.run("from mqt_llava.cli import main; result = main(arguments)", arguments=["push", str(saved[0]), repo])
+    code = client.run(
+        "from mqt_llava.cli import main; result = main(arguments)", arguments=["push", str(saved[0]), repo]
+    )
     assert code == 0
     assert "config.json" in hub.files(repo)
 

@@ -50,7 +50,9 @@ def llamas_own_class(legacy):
 
 @pytest.fixture(scope="module", params=["ours", "llamas", "saved"])
 def processors(request, tmp_path_factory):
-    """By `legacy`: with the tokenizer as converted, with the one of Transformers, and as converted, saved and loaded."""
+    """
+    By `legacy`: with the tokenizer as converted, with the one of Transformers, and as converted, saved and loaded.
+    """
     if request.param == "llamas":
         return {legacy: make_processor(llamas_own_class(legacy)) for legacy in (True, False)}
     made = {legacy: make_processor(released_tokenizer(FIDELITY / "tokenizer", 640, legacy)) for legacy in (True, False)}
@@ -142,7 +144,9 @@ def test_every_token_of_a_caption_is_learned(processors, legacy, caption):
 
 
 ODD_TEXT = st.text(
-    alphabet=st.one_of(st.sampled_from("  \n\tabTheZ.,?'é日😀\u2581\u00a0"), st.characters(codec="utf-8", exclude_categories=["Cs"])),
+    alphabet=st.one_of(
+        st.sampled_from("  \n\tabTheZ.,?'é日😀\u2581\u00a0"), st.characters(codec="utf-8", exclude_categories=["Cs"])
+    ),
     max_size=30,
 ).map(lambda text: text.replace("\x00", ""))
 

@@ -11,7 +11,8 @@ from .convert import folder_in_the_making
 
 def merge(adapter: str | Path, destination: str | Path, *, base_model: str | Path | None = None) -> Path:
     """
-    Writes the model that a PEFT adapter makes of its base. A query transformer saved with the adapter replaces the base's.
+    Writes the model that a PEFT adapter makes of its base. A query transformer saved with the adapter replaces the
+    base's.
 
     Args:
         adapter: folder or Hub id.

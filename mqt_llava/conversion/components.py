@@ -59,10 +59,12 @@ def from_components(
 
     Args:
         vision: folder or Hub id of a tower or of a two-tower model that has one; or the tower itself.
-        language: folder or Hub id of a causal language model; or the model itself. Its embeddings are resized in place.
+        language: folder or Hub id of a causal language model; or the model itself. Its embeddings are resized in
+            place.
         max_visual_tokens: M, a perfect square.
         tokenizer (*optional*): needed where `language` is a model without a folder. `<image>` is added if it lacks it.
-        chat_template (*optional*): must mark answers with `{% generation %}` to be trained on. Defaults to ChatML where the
+        chat_template (*optional*): must mark answers with `{% generation %}` to be trained on. Defaults to ChatML
+            where the
             tokenizer knows its tokens, else to Vicuna-v1.
         dtype (*optional*): number format of all weights. Defaults to that of the language model.
         config: other fields of [`MqtLlavaConfig`], such as `vision_feature_layer` and `query_init`.
@@ -158,7 +160,8 @@ def select_strategy(tower: PreTrainedModel) -> str:
     if num_tokens == num_patches + extra:
         return "default"
     raise ValueError(
-        f"`vision` must return one token per patch, with or without CLS and registers. It has {num_patches} patches and "
+        f"`vision` must return one token per patch, with or without CLS and registers. It has {num_patches} "
+        "patches and "
         f"returned {num_tokens} tokens."
     )
 
@@ -210,15 +213,13 @@ def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     """Greedy, with the token ids of the language model."""
     saved = model.generation_config
     eos = saved.eos_token_id if saved.eos_token_id is not None else tokenizer.eos_token_id
-    return GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id
-    )
+    return GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
 
 
 def upcycle(source: str | Path, destination: str | Path, *, max_visual_tokens: int = 256, seed: int = 0) -> Path:
     """
-    Writes a model with the tower and the tuned language model of a LLaVA, and a query transformer that starts from what
-    LLaVA's projector does (see [`init_from_projector`]). It is ready to be trained, not to answer.
+    Writes a model with the tower and the tuned language model of a LLaVA, and a query transformer that starts from
+    what LLaVA's projector does (see [`init_from_projector`]). It is ready to be trained, not to answer.
 
     Args:
         source: folder or Hub id of a LLaVA in Transformers' layout (`model_type: llava`).

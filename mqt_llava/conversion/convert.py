@@ -19,13 +19,14 @@ def convert(
     **hub_kwargs,
 ) -> Path:
     """
-    Writes a checkpoint of the authors' code in this project's layout. Weights keep their number format, and are read and
-    written one at a time.
+    Writes a checkpoint of the authors' code in this project's layout. Weights keep their number format, and are read
+    and written one at a time.
 
     Args:
         source: folder or Hub id of a whole checkpoint, a LoRA run or a first stage; or a `query_abstractor.bin`.
         destination: folder to write, which must not hold anything yet. It appears when it is complete.
-        vision_tower (*optional*): folder or Hub id of the CLIP. Needed where the checkpoint holds no tower and the one that
+        vision_tower (*optional*): folder or Hub id of the CLIP. Needed where the checkpoint holds no tower and the
+            one that
             its config names cannot be fetched; where there is a tower inside, only the settings are taken.
         base_model (*optional*): folder or Hub id of the language model under a LoRA run or a first stage.
         shard_bytes (*optional*, defaults to 2 GB): size above which a new file is begun.
@@ -35,7 +36,8 @@ def convert(
         `Path`: `destination`.
 
     Raises:
-        ValueError: if a part is missing or damaged, the weights do not fit the config (listing them), or `destination` is
+        ValueError: if a part is missing or damaged, the weights do not fit the config (listing them), or
+            `destination` is
             not empty.
     """
     found = find_source(source, vision_tower, base_model, **hub_kwargs)

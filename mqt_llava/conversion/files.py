@@ -1,4 +1,6 @@
-"""Checkpoint files, read and written one tensor at a time: nothing here holds more than one tensor and its file's pages."""
+"""
+Checkpoint files, read and written one tensor at a time: nothing here holds more than one tensor and its file's pages.
+"""
 
 import json
 import pickle

@@ -43,7 +43,8 @@ def load_released_model(
     )
     if source.adapter is not None:
         raise ValueError(
-            f"`{pretrained_model_name_or_path}` holds an adapter alone. Merge it with `mqt-llava convert --base-model ...`."
+            f"`{pretrained_model_name_or_path}` holds an adapter alone. Merge it with `mqt-llava convert "
+            "--base-model ...`."
         )
     pieces = check_pieces(plan_pieces(source), source)
     register_weight_transforms()
@@ -79,8 +80,8 @@ def fill_tower(model: MqtLlavaForConditionalGeneration, info: dict, pieces: list
 
 def released_generation_config(source: Source) -> GenerationConfig:
     """
-    Token ids and the default budget. Their sampling settings stay behind: they took effect only where a script of theirs
-    asked for sampling.
+    Token ids and the default budget. Their sampling settings stay behind: they took effect only where a script of
+    theirs asked for sampling.
     """
     text_config = source.config.text_config
     settings = {name: getattr(text_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

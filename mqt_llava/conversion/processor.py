@@ -53,7 +53,8 @@ def released_tokenizer(folder: Path, image_token_id: int, legacy: bool | None = 
     Args:
         folder (`Path`): with `tokenizer.model`, or with `tokenizer.json`.
         image_token_id (`int`): the id that `<image>` must get.
-        legacy (`bool`, *optional*): whether text after a special token starts like new text. Defaults to what the folder
+        legacy (`bool`, *optional*): whether text after a special token starts like new text. Defaults to what the
+            folder
             says; where it says nothing, to `True`, as in the authors' version of Transformers.
 
     Raises:
@@ -71,9 +72,9 @@ def released_tokenizer(folder: Path, image_token_id: int, legacy: bool | None = 
 
 def frozen_tokenizer(llama: LlamaTokenizer, legacy: bool) -> PreTrainedTokenizerFast:
     """
-    The same tokenizer as one that is loaded back exactly as saved. With `legacy`, sentencepiece puts its space in front of
-    every piece of text between special tokens, whatever the piece starts with; Llama's own class leaves it out before a
-    space.
+    The same tokenizer as one that is loaded back exactly as saved. With `legacy`, sentencepiece puts its space in
+    front of every piece of text between special tokens, whatever the piece starts with; Llama's own class leaves it
+    out before a space.
     """
     backend = llama.backend_tokenizer
     if legacy:
@@ -103,6 +104,7 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase, image_token_id: int) -> 
         known = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if known != image_token_id:
         raise ValueError(
-            f"`{IMAGE_TOKEN}` must be token {image_token_id}, the first after the model's vocabulary, but the tokenizer "
+            f"`{IMAGE_TOKEN}` must be token {image_token_id}, the first after the model's vocabulary, but the "
+            "tokenizer "
             f"gives it {known}. Use the tokenizer that the checkpoint was trained with."
         )

@@ -17,8 +17,8 @@ logger = logging.get_logger(__name__)
 ABSTRACTOR = "model.query_abstractor."
 TOWER = "model.vision_tower.vision_tower.vision_model."
 
-# Every pattern is anchored: Transformers searches for them anywhere in a name, and `attn.in_proj_weight` alone would also
-# catch what it must not.
+# Every pattern is anchored: Transformers searches for them anywhere in a name, and `attn.in_proj_weight` alone would
+# also catch what it must not.
 RENAMINGS = [
     (r"^model\.vision_tower\.vision_tower\.vision_model\.", "model.vision_tower."),
     (r"^model\.query_abstractor\.", "model.query_transformer."),
@@ -36,10 +36,29 @@ NOT_WEIGHTS = re.compile(
 
 # Fields of the flat config that describe the language model.
 TEXT_FIELDS = (
-    "attention_bias attention_dropout bos_token_id eos_token_id head_dim hidden_act hidden_size initializer_range "
-    "intermediate_size max_position_embeddings mlp_bias num_attention_heads num_hidden_layers num_key_value_heads "
-    "pad_token_id rms_norm_eps rope_parameters rope_scaling rope_theta tie_word_embeddings use_cache vocab_size"
-).split()
+    "attention_bias",
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "head_dim",
+    "hidden_act",
+    "hidden_size",
+    "initializer_range",
+    "intermediate_size",
+    "max_position_embeddings",
+    "mlp_bias",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "pad_token_id",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "tie_word_embeddings",
+    "use_cache",
+    "vocab_size",
+)
 
 # Settings of the authors' code that change what the model computes, and the values that are read here.
 KNOWN_SETTINGS: dict[str, tuple] = {
@@ -95,7 +114,8 @@ def translate_config(
     for name, known in KNOWN_SETTINGS.items():
         if released.get(name) not in known:
             raise ValueError(
-                f"`{name}` must be one of {known} in the checkpoint's config.json, got {released[name]!r}: this setting is "
+                f"`{name}` must be one of {known} in the checkpoint's config.json, got {released[name]!r}: "
+                "this setting is "
                 "not supported. Convert a checkpoint trained without it."
             )
     text_config = translate_text_config(released, shapes)
@@ -131,7 +151,8 @@ def translate_text_config(released: dict[str, Any], shapes: dict[str, tuple[int,
     ):
         if released.get(name) != in_weights:
             raise ValueError(
-                f"`{name}` is {released.get(name)!r} in the checkpoint's config.json, but the weights have {in_weights}. "
+                f"`{name}` is {released.get(name)!r} in the checkpoint's config.json, but the weights have "
+                f"{in_weights}. "
                 "The files do not belong together, or some are missing."
             )
     return LlamaConfig(**{name: released[name] for name in TEXT_FIELDS if released.get(name) is not None})
@@ -166,7 +187,8 @@ def vision_config_from_shapes(shapes: dict[str, tuple[int, ...]], tower_name: st
 
 def num_heads(width: int, what: str) -> int:
     """
-    Heads of 64, as in CLIP's ViT-B and ViT-L and in the released query transformer. Widths that 64 does not divide are of
+    Heads of 64, as in CLIP's ViT-B and ViT-L and in the released query transformer. Widths that 64 does not divide
+    are of
     no released model: four heads, and a warning, since a wrong number is no error anywhere.
     """
     if width % 64 == 0:
@@ -183,8 +205,8 @@ def count_layers(shapes: dict[str, tuple[int, ...]], prefix: str) -> int:
 
 def default_budget(released: dict[str, Any], max_visual_tokens: int) -> int | None:
     """
-    The budget that a checkpoint was saved with. In the authors' code the strings `"first_stage"` and `"second_stage"` stand
-    here too, the second one for a random draw even at inference; here they mean nothing.
+    The budget that a checkpoint was saved with. In the authors' code the strings `"first_stage"` and `"second_stage"`
+    stand here too, the second one for a random draw even at inference; here they mean nothing.
     """
     value = released.get("num_visual_tokens")
     if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= max_visual_tokens:

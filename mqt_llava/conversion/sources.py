@@ -12,6 +12,9 @@ from .files import local_folder, read_json, shapes_of, weight_files
 from .released import ABSTRACTOR, NOT_WEIGHTS, TOWER, is_released_config, translate_config
 
 
+# Files of weights, each with the way from its names to those of a whole checkpoint.
+Files = list[tuple[Path, Callable[[str], str]]]
+
 STAGE_ONE_NAME = "query_abstractor.bin"
 NON_LORA_NAME = "non_lora_trainables.bin"
 ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -53,7 +56,7 @@ class Source:
 
     config: MqtLlavaConfig
     released: dict[str, Any]  # their config.json
-    files: list[tuple[Path, Callable[[str], str]]]  # with the way from its names to the authors'
+    files: Files
     tokenizer_folder: Path
     vision_folder: Path | None
     adapter: Path | None = None
@@ -75,8 +78,10 @@ def find_source(
     Looks at a checkpoint of the authors' code, of any of their layouts.
 
     Args:
-        source: folder or Hub id: a whole model, a LoRA run, or a first stage; or a first stage's `query_abstractor.bin`.
-        vision_tower (*optional*): folder or Hub id of the CLIP. Defaults to the checkpoint's `mm_vision_tower`, needed only
+        source: folder or Hub id: a whole model, a LoRA run, or a first stage; or a first stage's
+            `query_abstractor.bin`.
+        vision_tower (*optional*): folder or Hub id of the CLIP. Defaults to the checkpoint's `mm_vision_tower`,
+            needed only
             where the checkpoint has no tower inside.
         base_model (*optional*): folder or Hub id of the language model, for a LoRA run and a first stage.
         hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only` for `source`.
@@ -98,7 +103,7 @@ def find_source(
 @dataclass
 class _Parts:
     released: dict[str, Any]
-    files: list[tuple[Path, Callable[[str], str]]]
+    files: Files
     tokenizer_folder: Path
     adapter: Path | None = None
     lora_scale: float = 0.0
@@ -114,7 +119,8 @@ def _released_config(folder: Path) -> dict[str, Any]:
         "llava": "Use `mqt-llava upcycle` for LLaVA checkpoints.",
     }.get(str(model_type), "Use `from_components` to build on other models.")
     raise ValueError(
-        f"`{folder}` must hold a checkpoint of the authors' code (model type 'llava_llama'), got {model_type!r}. {way_out}"
+        f"`{folder}` must hold a checkpoint of the authors' code (model type 'llava_llama'), got "
+        f"{model_type!r}. {way_out}"
     )
 
 
@@ -125,7 +131,8 @@ def _is_first_stage(folder: Path) -> bool:
 def _base_folder(base_model: str | Path | None, why: str) -> Path:
     if base_model is None:
         raise ValueError(
-            f"{why} Give the language model that it was trained on with `base_model` (`--base-model` on the command line)."
+            f"{why} Give the language model that it was trained on with `base_model` (`--base-model` on the "
+            "command line)."
         )
     return local_folder(base_model)
 
@@ -141,7 +148,7 @@ def _first_stage(path: Path, folder: Path, base_model: str | Path | None) -> _Pa
     settings = settings if is_released_config(settings) else {}
     # Captions were trained on centre crops, and a saved config says the same.
     released = {"image_aspect_ratio": "square", **config, **settings}
-    files = [*((shard, _same) for shard in weight_files(base)), (file, _unwrapped)]
+    files: Files = [*((shard, _same) for shard in weight_files(base)), (file, _unwrapped)]
     return _Parts(released, files, _folder_with_vocabulary(folder, base))
 
 
@@ -151,7 +158,8 @@ def _lora_run(folder: Path, base_model: str | Path | None) -> _Parts:
     for name, plain in PLAIN_LORA.items():
         if adapter_config.get(name) not in plain:
             raise ValueError(
-                f"`{name}` must be one of {plain} in adapter_config.json, got {adapter_config[name]!r}: only plain LoRA can "
+                f"`{name}` must be one of {plain} in adapter_config.json, got {adapter_config[name]!r}: only "
+                "plain LoRA can "
                 "be merged here. Merge this adapter with PEFT."
             )
     rank, alpha = adapter_config.get("r"), adapter_config.get("lora_alpha")
@@ -163,7 +171,7 @@ def _lora_run(folder: Path, base_model: str | Path | None) -> _Parts:
     base = _base_folder(
         base_model or adapter_config.get("base_model_name_or_path"), f"`{folder}` holds a LoRA adapter alone."
     )
-    files = [*((shard, _same) for shard in weight_files(base)), (folder / NON_LORA_NAME, _unwrapped)]
+    files: Files = [*((shard, _same) for shard in weight_files(base)), (folder / NON_LORA_NAME, _unwrapped)]
     scale = alpha / (rank**0.5 if adapter_config.get("use_rslora") else rank)
     vocabulary = _folder_with_vocabulary(folder, base)
     return _Parts(_released_config(folder), files, vocabulary, adapter=adapter, lora_scale=scale)
@@ -181,7 +189,8 @@ def _complete(parts: _Parts, vision_tower: str | Path | None) -> Source:
     shapes = _shapes(parts.files)
     if not any(name.startswith(ABSTRACTOR) for name in shapes):
         raise ValueError(
-            f"The checkpoint must hold the query transformer, but has no `{ABSTRACTOR}*`. Plain LLaVA checkpoints are for "
+            f"The checkpoint must hold the query transformer, but has no `{ABSTRACTOR}*`. Plain LLaVA "
+            "checkpoints are for "
             "`mqt-llava upcycle`."
         )
     inside = any(name.startswith(TOWER) for name in shapes)
@@ -227,10 +236,12 @@ def clip_vision_config(config: dict[str, Any]) -> CLIPVisionConfig:
     vision = config.get("vision_config") if model_type == "clip" else config
     if model_type not in ("clip", "clip_vision_model") or not isinstance(vision, dict):
         raise ValueError(f"`vision_tower` must be a CLIP for this checkpoint, got model type {model_type!r}.")
-    return CLIPVisionConfig(**{name: value for name, value in vision.items() if name not in ("model_type", "torch_dtype")})
+    return CLIPVisionConfig(
+        **{name: value for name, value in vision.items() if name not in ("model_type", "torch_dtype")}
+    )
 
 
-def _shapes(files: list[tuple[Path, Callable[[str], str]]]) -> dict[str, tuple[int, ...]]:
+def _shapes(files: Files) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for path, renamed in files:
         shapes.update({renamed(name): shape for name, shape in shapes_of([path]).items()})

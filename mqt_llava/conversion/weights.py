@@ -61,8 +61,8 @@ def plan_pieces(source: Source) -> list[Piece]:
 
 def check_pieces(pieces: list[Piece], source: Source) -> list[Piece]:
     """
-    The pieces that the model has, when they are exactly its weights. What lies above the layer that is read of the tower
-    is left out.
+    The pieces that the model has, when they are exactly its weights. What lies above the layer that is read of the
+    tower is left out.
 
     Raises:
         ValueError: listing the names that are missing, not known or of another shape.
@@ -149,12 +149,14 @@ class _LoraDeltas:
     def merged(self, piece: Piece, weight: torch.Tensor) -> torch.Tensor:
         """`W + scale * B @ A`, added up in single precision."""
         pair = self.pairs.pop(piece.released_name, None)
-        if pair is None:
+        if pair is None or self.path is None:
             return weight
         with open_tensors(self.path) as file:
             delta = file.read(pair["B"]).float() @ file.read(pair["A"]).float() * self.scale
         if delta.shape != weight.shape:
-            raise ValueError(f"The adapter of {piece.released_name!r} has shape {tuple(delta.shape)}, not {piece.shape}.")
+            raise ValueError(
+                f"The adapter of {piece.released_name!r} has shape {tuple(delta.shape)}, not {piece.shape}."
+            )
         return (weight.float() + delta).to(weight.dtype)
 
     def check_all_used(self) -> None:

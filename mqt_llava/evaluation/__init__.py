@@ -1,0 +1,1 @@
+"""Accuracy and cost against the number of visual tokens."""
