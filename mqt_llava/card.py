@@ -1,6 +1,7 @@
 """Model cards: written for new repositories, left alone as soon as a person has changed one."""
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -87,12 +88,26 @@ def card_text(
     return f"{text}\n<!-- written by mqt-llava {_digest(text)} -->\n"
 
 
+def read_evaluation(path: str | Path) -> dict[str, dict[int, float]]:
+    """
+    Scores of each task at each budget, from a JSON file of `{task: {m: score}}`.
+
+    Raises:
+        ValueError: if the file holds anything else.
+    """
+    try:
+        scores = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {str(task): {int(m): float(score) for m, score in row.items()} for task, row in scores.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"`{path}` must hold JSON of {{task: {{m: score}}}}: {error}") from error
+
+
 def _table(evaluation: Mapping[str, Mapping[int, float]]) -> str:
     tasks = list(evaluation)
-    budgets = sorted({int(budget) for scores in evaluation.values() for budget in scores})
+    budgets = sorted({budget for scores in evaluation.values() for budget in scores})
     rows = ["| visual tokens | " + " | ".join(tasks) + " |", "|--:|" + "--:|" * len(tasks)]
     for budget in budgets:
-        scores = [{int(key): value for key, value in evaluation[task].items()}.get(budget) for task in tasks]
+        scores = [evaluation[task].get(budget) for task in tasks]
         rows.append(f"| {budget} | " + " | ".join("" if score is None else f"{score:.1f}" for score in scores) + " |")
     return "\n## Measured budgets\n\n" + "\n".join(rows) + "\n"
 

@@ -149,7 +149,16 @@ def _add_push(commands) -> None:
     command = commands.add_parser("push", help="upload a saved model or adapter to the Hub")
     command.add_argument("folder")
     _add_push_arguments(command, "push_to_hub")
-    command.set_defaults(run=lambda args: _push_if_asked(args.folder, args))
+    command.add_argument("--license", help="for a new model card")
+    command.add_argument("--evaluation", metavar="FILE", help="JSON of {task: {m: score}}, for a new model card")
+    command.set_defaults(run=_run_push)
+
+
+def _run_push(args: argparse.Namespace) -> None:
+    from .card import read_evaluation
+
+    evaluation = None if args.evaluation is None else read_evaluation(args.evaluation)
+    _push_if_asked(args.folder, args, license=args.license, evaluation=evaluation)
 
 
 def _add_push_arguments(command, repo_argument: str) -> None:
@@ -158,12 +167,12 @@ def _add_push_arguments(command, repo_argument: str) -> None:
     command.add_argument("--private", action="store_true", default=None, help="if the repository is created")
 
 
-def _push_if_asked(folder: str, args: argparse.Namespace) -> None:
+def _push_if_asked(folder: str, args: argparse.Namespace, **card) -> None:
     if args.push_to_hub is None:
         return
     from .hub import push_folder
 
-    print(push_folder(folder, args.push_to_hub, include_code=args.include_code, private=args.private))
+    print(push_folder(folder, args.push_to_hub, include_code=args.include_code, private=args.private, **card))
 
 
 if __name__ == "__main__":

@@ -49,6 +49,12 @@ def test_adapter_loads_onto_its_base(adapter):
     torch.testing.assert_close(logits_of(PeftModel.from_pretrained(base, folder / "adapter").eval()), logits)
 
 
+def test_adapter_folder_alone_loads_with_its_base(adapter):
+    folder, logits = adapter
+    model = MqtLlavaForConditionalGeneration.from_pretrained(folder / "adapter")
+    torch.testing.assert_close(logits_of(model.eval()), logits)
+
+
 def test_query_transformer_travels_with_the_adapter(adapter):
     from safetensors import safe_open
 

@@ -275,6 +275,12 @@ def test_numbers_for_the_budget_become_the_default(tmp_path, way):
     assert processor.num_visual_tokens == 5
 
 
+def test_arguments_of_the_processor_win_over_the_checkpoint():
+    processor = MqtLlavaProcessor.from_pretrained(FIDELITY / "checkpoint", num_visual_tokens=3, legacy=True)
+    assert processor.num_visual_tokens == 3
+    assert processor.tokenizer.backend_tokenizer.pre_tokenizer is None
+
+
 def test_query_heads_of_the_released_width_are_sixteen(caplog):
     from mqt_llava.conversion.released import num_heads
 

@@ -5,9 +5,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import picture, tiny_model, tiny_processor
 from hub_client import Client, ClientError
 from hub_server import TOKEN, Hub, drop, slow, status, truncate
+from released import FIDELITY
+from safetensors.torch import load_file
 
 from mqt_llava import hub as hub_module
 
@@ -310,6 +313,43 @@ def test_command_line_pushes(hub, client, saved, repo):
     )
     assert code == 0
     assert "config.json" in hub.files(repo)
+
+
+AUTHORS = """
+import os
+from huggingface_hub import HfApi
+api = HfApi()
+api.create_repo(repo, exist_ok=True)
+api.upload_folder(repo_id=repo, folder_path=folder)
+"""
+
+
+def test_checkpoint_of_the_authors_loads_by_its_id(hub, client, repo):
+    client.run(AUTHORS, repo=repo, folder=str(FIDELITY / "checkpoint"))
+    logits = client.run(
+        """
+from PIL import Image
+from mqt_llava import MqtLlavaForConditionalGeneration, MqtLlavaProcessor
+model = MqtLlavaForConditionalGeneration.from_pretrained(repo, revision="main")
+processor = MqtLlavaProcessor.from_pretrained(repo, revision="main")
+inputs = processor(images=Image.open(image), text=prompt, num_visual_tokens=2, return_tensors="pt")
+result = model(**inputs).logits[0, -1].tolist()
+""",
+        repo=repo,
+        image=str(FIDELITY / "images/square.png"),
+        prompt=json.loads((FIDELITY / "expected.json").read_text())["prompt"],
+    )
+    expected = load_file(FIDELITY / "expected.safetensors")["logits.2"][0, -1]
+    torch.testing.assert_close(torch.tensor(logits), expected, rtol=0, atol=1e-4)
+
+
+def test_command_line_converts_from_id_to_id(hub, client, repo, tmp_path):
+    client.run(AUTHORS, repo="me/theirs", folder=str(FIDELITY / "checkpoint_without_vision"))
+    client.run(AUTHORS, repo="me/clip", folder=str(FIDELITY / "clip"))
+    arguments = ["convert", "me/theirs", str(tmp_path / "out"), "--vision-tower", "me/clip", "--push-to-hub", repo]
+    assert client.run("from mqt_llava.cli import main; result = main(arguments)", arguments=arguments) == 0
+    assert {"config.json", "README.md", "processor_config.json"} <= hub.files(repo).keys()
+    assert json.loads(hub.files(repo)["config.json"])["model_type"] == "mqt_llava"
 
 
 def test_source_folder_is_left_as_it_was(hub, client, saved, repo):

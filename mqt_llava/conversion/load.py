@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ..configuration_mqt_llava import HUB_ARGUMENTS
 from ..modeling_mqt_llava import MqtLlavaForConditionalGeneration
-from .files import open_tensors
+from .files import local_folder, open_tensors
 from .processor import build_processor
 from .released import default_budget, register_weight_transforms
 from .sources import Source, find_source
@@ -34,13 +34,7 @@ def load_released_model(
     Returns:
         The model, and which keys were missing, unexpected or of the wrong shape.
     """
-    hub_kwargs = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
-    subfolder = hub_kwargs.pop("subfolder", None)
-    source = find_source(
-        Path(pretrained_model_name_or_path, subfolder) if subfolder else pretrained_model_name_or_path,
-        vision_tower,
-        **{name: value for name, value in hub_kwargs.items() if value is not None},
-    )
+    source = find_source(_fetch(pretrained_model_name_or_path, kwargs), vision_tower)
     if source.adapter is not None:
         raise ValueError(
             f"`{pretrained_model_name_or_path}` holds an adapter alone. Merge it with `mqt-llava convert "
@@ -53,6 +47,14 @@ def load_released_model(
     fill_tower(model, info, [piece for piece in pieces if piece.path.parent == source.vision_folder])
     model.generation_config = released_generation_config(source)
     return model, info
+
+
+def _fetch(pretrained_model_name_or_path: str | Path, kwargs: dict[str, Any]) -> Path:
+    """The folder that the arguments about the Hub name; they are taken out of the others."""
+    given = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+    subfolder = given.pop("subfolder", None) or ""
+    given.pop("proxies", None)
+    return local_folder(pretrained_model_name_or_path, **given) / subfolder
 
 
 @contextmanager
@@ -74,6 +76,11 @@ def fill_tower(model: MqtLlavaForConditionalGeneration, info: dict, pieces: list
         with open_tensors(path) as file:
             for piece in pieces:
                 if piece.path == path and piece.name in info["missing_keys"]:
+                    if weights[piece.name].is_meta:
+                        raise ValueError(
+                            "`device_map` puts parts of the vision tower on disk, which needs a converted checkpoint. "
+                            "Use `mqt-llava convert` first."
+                        )
                     weights[piece.name].copy_(file.read(piece.source_name))
                     info["missing_keys"].remove(piece.name)
 
@@ -89,6 +96,14 @@ def released_generation_config(source: Source) -> GenerationConfig:
     return GenerationConfig(**{name: value for name, value in settings.items() if value is not None})
 
 
-def load_released_processor(pretrained_model_name_or_path: str | Path, vision_tower: str | Path | None, **hub_kwargs):
-    """What `MqtLlavaProcessor.from_pretrained` does for a checkpoint of the authors' code."""
-    return build_processor(find_source(pretrained_model_name_or_path, vision_tower, **hub_kwargs))
+def load_released_processor(pretrained_model_name_or_path: str | Path, vision_tower: str | Path | None, **kwargs):
+    """
+    What `MqtLlavaProcessor.from_pretrained` does for a checkpoint of the authors' code.
+
+    Args:
+        pretrained_model_name_or_path, vision_tower: what the caller gave.
+        kwargs: arguments about the Hub; `legacy` of the tokenizer; arguments of the processor, which win over the
+            checkpoint's.
+    """
+    folder = _fetch(pretrained_model_name_or_path, kwargs)
+    return build_processor(find_source(folder, vision_tower), **kwargs)

@@ -1,6 +1,7 @@
 """The processor of a checkpoint of the authors' code: the same tokens for the same text, the same pixels."""
 
 from pathlib import Path
+from typing import Any
 
 from tokenizers import normalizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -15,20 +16,26 @@ from .sources import Source
 IMAGE_TOKEN = "<image>"
 
 
-def build_processor(source: Source) -> MqtLlavaProcessor:
+def build_processor(source: Source, *, legacy: bool | None = None, **changes: Any) -> MqtLlavaProcessor:
     """
     Tokenizer, image processor and chat templates (Vicuna-v1 by default, and `"plain"`) of a checkpoint.
+
+    Args:
+        source: the checkpoint.
+        legacy (*optional*): see [`released_tokenizer`].
+        changes: arguments of [`MqtLlavaProcessor`] that win over the checkpoint's.
 
     Raises:
         ValueError: if the tokenizer is missing.
     """
-    return MqtLlavaProcessor(
-        image_processor=released_image_processor(source),
-        tokenizer=released_tokenizer(source.tokenizer_folder, source.config.image_token_id),
-        chat_template={"default": VICUNA_V1_CHAT_TEMPLATE, "plain": PLAIN_CHAT_TEMPLATE},
-        max_visual_tokens=source.config.max_visual_tokens,
-        num_visual_tokens=default_budget(source.released, source.config.max_visual_tokens),
-    )
+    parts = {
+        "image_processor": released_image_processor(source),
+        "tokenizer": released_tokenizer(source.tokenizer_folder, source.config.image_token_id, legacy),
+        "chat_template": {"default": VICUNA_V1_CHAT_TEMPLATE, "plain": PLAIN_CHAT_TEMPLATE},
+        "max_visual_tokens": source.config.max_visual_tokens,
+        "num_visual_tokens": default_budget(source.released, source.config.max_visual_tokens),
+    }
+    return MqtLlavaProcessor(**{**parts, **changes})
 
 
 def released_image_processor(source: Source) -> LlavaImageProcessorPil:
