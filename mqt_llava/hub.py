@@ -102,8 +102,7 @@ def push_folder(
         private, token, revision, create_pr, commit_message, commit_description: as for `HfApi.upload_folder`.
         tags: more tags for the card.
         card: `base_model`, `datasets`, `license` and `evaluation` of the card. A card that a person has written or
-            changed,
-            here or on the Hub, is kept.
+            changed, here or on the Hub, is kept.
 
     Returns:
         The URL of the commit.

@@ -3,8 +3,6 @@
 import pytest
 import torch
 from conftest import picture, tiny_model, tiny_processor
-from hub_client import Client
-from hub_server import TOKEN, Hub
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from mqt_llava import MqtLlavaForConditionalGeneration
@@ -78,35 +76,3 @@ def test_merging_onto_a_named_base(adapter):
     merge(folder / "adapter", folder / "merged", base_model=folder / "moved")
     merged = MqtLlavaForConditionalGeneration.from_pretrained(folder / "merged")
     torch.testing.assert_close(logits_of(merged), logits, rtol=0, atol=1e-5)
-
-
-def test_pushed_adapter_loads_by_its_id(adapter, tmp_path):
-    folder, logits = adapter
-    with Hub() as hub:
-        client = Client(tmp_path, hub.url, TOKEN)
-        got = client.run(
-            """
-import torch
-from peft import PeftModel
-from mqt_llava import MqtLlavaForConditionalGeneration, MqtLlavaProcessor
-from mqt_llava.hub import push_folder
-from PIL import Image
-push_folder(folder + "/adapter", "me/adapter")
-base = MqtLlavaForConditionalGeneration.from_pretrained(folder + "/base")
-model = PeftModel.from_pretrained(base, "me/adapter").eval()
-processor = MqtLlavaProcessor.from_pretrained(folder + "/base")
-image = Image.open(folder + "/picture.png")
-inputs = processor(images=image, text="what is <image> this", num_visual_tokens=7, return_tensors="pt")
-result = model(**inputs).logits.tolist()
-""",
-            folder=str(_with_picture(folder)),
-        )
-        client.close()
-        files = hub.files("me/adapter")
-    torch.testing.assert_close(torch.tensor(got), logits)
-    assert "adapter_model.safetensors" in files and "model.safetensors" not in files
-
-
-def _with_picture(folder):
-    picture().save(folder / "picture.png")
-    return folder

@@ -9,9 +9,11 @@ import torch
 from conftest import picture, tiny_model, tiny_processor
 from hub_client import Client, ClientError
 from hub_server import TOKEN, Hub, drop, slow, status, truncate
+from peft import LoraConfig, get_peft_model
 from released import FIDELITY
 from safetensors.torch import load_file
 
+from mqt_llava import MqtLlavaForConditionalGeneration
 from mqt_llava import hub as hub_module
 
 
@@ -313,6 +315,33 @@ def test_command_line_pushes(hub, client, saved, repo):
     )
     assert code == 0
     assert "config.json" in hub.files(repo)
+
+
+def test_pushed_adapter_loads_by_its_id(hub, client, repo, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    base = MqtLlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
+    settings = LoraConfig(
+        init_lora_weights=False,
+        target_modules=r".*language_model.*\.(q_proj|v_proj)",
+        modules_to_save=["query_transformer"],
+    )
+    adapted = get_peft_model(base, settings).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    push(client, (tmp_path / "adapter",), repo)
+    got = client.run(
+        """
+import torch
+from peft import PeftModel
+from mqt_llava import MqtLlavaForConditionalGeneration
+base = MqtLlavaForConditionalGeneration.from_pretrained(folder)
+result = PeftModel.from_pretrained(base, repo).eval()(input_ids=torch.tensor([[5, 6, 7]])).logits.tolist()
+""",
+        folder=str(tmp_path / "base"),
+        repo=repo,
+    )
+    torch.testing.assert_close(torch.tensor(got), adapted(input_ids=torch.tensor([[5, 6, 7]])).logits)
+    assert "adapter_model.safetensors" in hub.files(repo)
+    assert b"base_model: /" not in hub.files(repo)["README.md"]  # a folder of this machine tells nobody anything
 
 
 AUTHORS = """

@@ -64,8 +64,7 @@ def from_components(
         max_visual_tokens: M, a perfect square.
         tokenizer (*optional*): needed where `language` is a model without a folder. `<image>` is added if it lacks it.
         chat_template (*optional*): must mark answers with `{% generation %}` to be trained on. Defaults to ChatML
-            where the
-            tokenizer knows its tokens, else to Vicuna-v1.
+            where the tokenizer knows its tokens, else to Vicuna-v1.
         dtype (*optional*): number format of all weights. Defaults to that of the language model.
         config: other fields of [`MqtLlavaConfig`], such as `vision_feature_layer` and `query_init`.
 
@@ -87,7 +86,7 @@ def from_components(
     model.resize_token_embeddings(rows, pad_to_multiple_of=VOCABULARY_MULTIPLE)
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
-        raise ValueError(f"`language` must have a plain linear head, got {type(head).__name__} with or without a bias.")
+        raise ValueError(f"`language` must have a plain linear head, got {head}.")
     defaults = {
         "vision_feature_select_strategy": select_strategy(tower),
         "query_num_attention_heads": _query_heads(tower.config),
@@ -161,8 +160,7 @@ def select_strategy(tower: PreTrainedModel) -> str:
         return "default"
     raise ValueError(
         f"`vision` must return one token per patch, with or without CLS and registers. It has {num_patches} "
-        "patches and "
-        f"returned {num_tokens} tokens."
+        f"patches and returned {num_tokens} tokens."
     )
 
 

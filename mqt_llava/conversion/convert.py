@@ -1,6 +1,8 @@
 """`mqt-llava convert`: any checkpoint of the authors' code to a folder of this project that needs nothing else."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .load import released_generation_config
@@ -26,8 +28,7 @@ def convert(
         source: folder or Hub id of a whole checkpoint, a LoRA run or a first stage; or a `query_abstractor.bin`.
         destination: folder to write, which must not hold anything yet. It appears when it is complete.
         vision_tower (*optional*): folder or Hub id of the CLIP. Needed where the checkpoint holds no tower and the
-            one that
-            its config names cannot be fetched; where there is a tower inside, only the settings are taken.
+            one that its config names cannot be fetched; where there is a tower inside, only the settings are taken.
         base_model (*optional*): folder or Hub id of the language model under a LoRA run or a first stage.
         shard_bytes (*optional*, defaults to 2 GB): size above which a new file is begun.
         hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only` for `source`.
@@ -37,8 +38,7 @@ def convert(
 
     Raises:
         ValueError: if a part is missing or damaged, the weights do not fit the config (listing them), or
-            `destination` is
-            not empty.
+            `destination` is not empty.
     """
     found = find_source(source, vision_tower, base_model, **hub_kwargs)
     processor = build_processor(found)
@@ -52,24 +52,24 @@ def convert(
     return Path(destination)
 
 
-class folder_in_the_making:
-    """A folder beside `destination` that takes its place when all went well, and is gone otherwise."""
+@contextmanager
+def folder_in_the_making(destination: str | Path) -> Iterator[Path]:
+    """
+    A folder beside `destination` that takes its place when all went well, and is gone otherwise.
 
-    def __init__(self, destination: str | Path):
-        self.destination = Path(destination)
-        self.folder = self.destination.with_name(self.destination.name + ".incomplete")
-
-    def __enter__(self) -> Path:
-        if self.destination.exists() and (not self.destination.is_dir() or any(self.destination.iterdir())):
-            raise ValueError(f"`{self.destination}` must be a new or empty folder. Remove it, or name another.")
-        shutil.rmtree(self.folder, ignore_errors=True)  # left by a run that was killed
-        self.folder.mkdir(parents=True)
-        return self.folder
-
-    def __exit__(self, exception_type, *_) -> None:
-        if exception_type is not None:
-            shutil.rmtree(self.folder)
-            return
-        if self.destination.exists():
-            self.destination.rmdir()
-        self.folder.rename(self.destination)
+    Raises:
+        ValueError: if `destination` holds anything.
+    """
+    destination = Path(destination)
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ValueError(f"`{destination}` must be a new or empty folder. Remove it, or name another.")
+    folder = destination.with_name(destination.name + ".incomplete")
+    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        if destination.exists():
+            destination.rmdir()
+        folder.rename(destination)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

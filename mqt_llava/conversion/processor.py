@@ -61,8 +61,7 @@ def released_tokenizer(folder: Path, image_token_id: int, legacy: bool | None = 
         folder (`Path`): with `tokenizer.model`, or with `tokenizer.json`.
         image_token_id (`int`): the id that `<image>` must get.
         legacy (`bool`, *optional*): whether text after a special token starts like new text. Defaults to what the
-            folder
-            says; where it says nothing, to `True`, as in the authors' version of Transformers.
+            folder says; where it says nothing, to `True`, as in the authors' version of Transformers.
 
     Raises:
         ValueError: if there is no tokenizer, or it has more tokens than the model.
@@ -112,6 +111,5 @@ def add_image_token(tokenizer: PreTrainedTokenizerBase, image_token_id: int) -> 
     if known != image_token_id:
         raise ValueError(
             f"`{IMAGE_TOKEN}` must be token {image_token_id}, the first after the model's vocabulary, but the "
-            "tokenizer "
-            f"gives it {known}. Use the tokenizer that the checkpoint was trained with."
+            f"tokenizer gives it {known}. Use the tokenizer that the checkpoint was trained with."
         )

@@ -115,23 +115,17 @@ def translate_config(
         if released.get(name) not in known:
             raise ValueError(
                 f"`{name}` must be one of {known} in the checkpoint's config.json, got {released[name]!r}: "
-                "this setting is "
-                "not supported. Convert a checkpoint trained without it."
+                "this setting is not supported. Convert a checkpoint trained without it."
             )
     text_config = translate_text_config(released, shapes)
-    query = shapes.get(ABSTRACTOR + "query")
-    if query is None or len(query) != 2:
-        raise ValueError(
-            f"The checkpoint must hold the query transformer: `{ABSTRACTOR}query` is missing or no matrix. Plain LLaVA "
-            "checkpoints are for `mqt-llava upcycle`."
-        )
+    max_visual_tokens, width = shapes[ABSTRACTOR + "query"]
     vision_config = vision_config or vision_config_from_shapes(shapes, released.get("mm_vision_tower"))
     return MqtLlavaConfig(
         vision_config=vision_config.to_dict(),
         text_config=text_config.to_dict(),
         image_token_index=text_config.vocab_size,
-        max_visual_tokens=query[0],
-        query_num_attention_heads=num_heads(query[1], "`query_num_attention_heads`"),
+        max_visual_tokens=max_visual_tokens,
+        query_num_attention_heads=num_heads(width, "`query_num_attention_heads`"),
         vision_feature_layer=released.get("mm_vision_select_layer", -2),
         vision_feature_select_strategy="full" if released.get("mm_vision_select_feature") == "cls_patch" else "default",
         tie_word_embeddings=text_config.tie_word_embeddings,
@@ -152,8 +146,7 @@ def translate_text_config(released: dict[str, Any], shapes: dict[str, tuple[int,
         if released.get(name) != in_weights:
             raise ValueError(
                 f"`{name}` is {released.get(name)!r} in the checkpoint's config.json, but the weights have "
-                f"{in_weights}. "
-                "The files do not belong together, or some are missing."
+                f"{in_weights}. The files do not belong together, or some are missing."
             )
     return LlamaConfig(**{name: released[name] for name in TEXT_FIELDS if released.get(name) is not None})
 
@@ -188,8 +181,7 @@ def vision_config_from_shapes(shapes: dict[str, tuple[int, ...]], tower_name: st
 def num_heads(width: int, what: str) -> int:
     """
     Heads of 64, as in CLIP's ViT-B and ViT-L and in the released query transformer. Widths that 64 does not divide
-    are of
-    no released model: four heads, and a warning, since a wrong number is no error anywhere.
+    are of no released model: four heads, and a warning, since a wrong number is no error anywhere.
     """
     if width % 64 == 0:
         return width // 64

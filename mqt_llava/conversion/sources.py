@@ -1,7 +1,7 @@
 """Which files a checkpoint of the authors' code consists of, and the settings that go with them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,6 @@ class Source:
     vision_folder: Path | None
     adapter: Path | None = None
     lora_scale: float = 0.0
-    generation: dict[str, Any] = field(default_factory=dict)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes by the authors' names."""
-        return _shapes(self.files)
 
 
 def find_source(
@@ -81,8 +76,7 @@ def find_source(
         source: folder or Hub id: a whole model, a LoRA run, or a first stage; or a first stage's
             `query_abstractor.bin`.
         vision_tower (*optional*): folder or Hub id of the CLIP. Defaults to the checkpoint's `mm_vision_tower`,
-            needed only
-            where the checkpoint has no tower inside.
+            needed only where the checkpoint has no tower inside.
         base_model (*optional*): folder or Hub id of the language model, for a LoRA run and a first stage.
         hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only` for `source`.
 
@@ -159,8 +153,7 @@ def _lora_run(folder: Path, base_model: str | Path | None) -> _Parts:
         if adapter_config.get(name) not in plain:
             raise ValueError(
                 f"`{name}` must be one of {plain} in adapter_config.json, got {adapter_config[name]!r}: only "
-                "plain LoRA can "
-                "be merged here. Merge this adapter with PEFT."
+                "plain LoRA can be merged here. Merge this adapter with PEFT."
             )
     rank, alpha = adapter_config.get("r"), adapter_config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
@@ -187,11 +180,10 @@ def _folder_with_vocabulary(*folders: Path) -> Path:
 def _complete(parts: _Parts, vision_tower: str | Path | None) -> Source:
     """Adds the tower if it is not inside, and translates the config."""
     shapes = _shapes(parts.files)
-    if not any(name.startswith(ABSTRACTOR) for name in shapes):
+    if len(shapes.get(ABSTRACTOR + "query", ())) != 2:
         raise ValueError(
-            f"The checkpoint must hold the query transformer, but has no `{ABSTRACTOR}*`. Plain LLaVA "
-            "checkpoints are for "
-            "`mqt-llava upcycle`."
+            f"The checkpoint must hold the query transformer: `{ABSTRACTOR}query` is missing or no matrix. Plain LLaVA "
+            "checkpoints are for `mqt-llava upcycle`."
         )
     inside = any(name.startswith(TOWER) for name in shapes)
     if vision_tower is None and not inside:
