@@ -82,6 +82,35 @@ def first_stage_folder(folder):
     return converted(stage, folder, base_model=language_model(folder / "llama"), vision_tower=CLIP)
 
 
+def whole_clip_of_old(folder):
+    """The tower inside a two-tower model, saved by an old version: with its text half, buffers and a full config."""
+    clip = load_file(CLIP / "model.safetensors")
+    others = {
+        "logit_scale": torch.zeros(()),
+        "text_model.final_layer_norm.weight": torch.zeros(4),
+        "text_projection.weight": torch.zeros(4, 4),
+        "visual_projection.weight": torch.zeros(4, 32),
+        "vision_model.embeddings.position_ids": torch.arange(37)[None],
+    }
+    (folder / "clip").mkdir()
+    torch.save({**clip, **others}, folder / "clip/pytorch_model.bin")
+    vision = json.loads((CLIP / "config.json").read_text())
+    dump = {
+        "return_dict": True,
+        "pruned_heads": {},
+        "use_bfloat16": False,
+        "id2label": {"0": "LABEL_0"},
+        "dropout": 0.0,
+    }
+    (folder / "clip/config.json").write_text(json.dumps({"model_type": "clip", "vision_config": {**vision, **dump}}))
+    source = write(folder / "source", without_tower(whole_weights()), mm_vision_tower=str(folder / "clip"))
+    direct, _ = load(source)
+    model, processor = converted(source, folder)
+    inputs = encode(processor, 2)
+    assert torch.equal(direct(**inputs).logits, model(**inputs).logits)
+    return model, processor
+
+
 def saved_and_loaded(folder):
     for part in inside(folder):
         part.save_pretrained(folder / "saved")
@@ -100,6 +129,7 @@ WAYS = [
     sharded_pickles_converted,
     first_stage_file,
     first_stage_folder,
+    whole_clip_of_old,
     saved_and_loaded,
 ]
 

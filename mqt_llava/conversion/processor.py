@@ -6,6 +6,7 @@ from typing import Any
 from tokenizers import normalizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.utils import is_protobuf_available, is_sentencepiece_available
 
 from ..processing_mqt_llava import PLAIN_CHAT_TEMPLATE, VICUNA_V1_CHAT_TEMPLATE, MqtLlavaProcessor
 from .files import read_json
@@ -68,6 +69,10 @@ def released_tokenizer(folder: Path, image_token_id: int, legacy: bool | None = 
     """
     if not any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         raise ValueError(f"`{folder}` must hold the tokenizer (tokenizer.model), but does not.")
+    if not (folder / "tokenizer.json").is_file() and not (is_sentencepiece_available() and is_protobuf_available()):
+        raise ValueError(
+            f"`{folder}` has a tokenizer.model, which needs two packages: pip install sentencepiece protobuf"
+        )
     saved = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     legacy = saved.get("legacy") if legacy is None else legacy
     llama = LlamaTokenizer.from_pretrained(folder, legacy=legacy is not False)

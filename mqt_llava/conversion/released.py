@@ -60,6 +60,23 @@ TEXT_FIELDS = (
     "vocab_size",
 )
 
+# Fields of a CLIP's config that describe its tower. Old ones hold a hundred others, which newer classes stumble over.
+VISION_FIELDS = (
+    "attention_dropout",
+    "hidden_act",
+    "hidden_size",
+    "image_size",
+    "initializer_factor",
+    "initializer_range",
+    "intermediate_size",
+    "layer_norm_eps",
+    "num_attention_heads",
+    "num_channels",
+    "num_hidden_layers",
+    "patch_size",
+    "projection_dim",
+)
+
 # Settings of the authors' code that change what the model computes, and the values that are read here.
 KNOWN_SETTINGS: dict[str, tuple] = {
     "query_abstractor_type": (None, "matry_query"),

@@ -9,7 +9,7 @@ from transformers.models.clip.configuration_clip import CLIPVisionConfig
 
 from ..configuration_mqt_llava import MqtLlavaConfig
 from .files import local_folder, read_json, shapes_of, weight_files
-from .released import ABSTRACTOR, NOT_WEIGHTS, TOWER, is_released_config, translate_config
+from .released import ABSTRACTOR, NOT_WEIGHTS, TOWER, VISION_FIELDS, is_released_config, translate_config
 
 
 # Files of weights, each with the way from its names to those of a whole checkpoint.
@@ -228,9 +228,7 @@ def clip_vision_config(config: dict[str, Any]) -> CLIPVisionConfig:
     vision = config.get("vision_config") if model_type == "clip" else config
     if model_type not in ("clip", "clip_vision_model") or not isinstance(vision, dict):
         raise ValueError(f"`vision_tower` must be a CLIP for this checkpoint, got model type {model_type!r}.")
-    return CLIPVisionConfig(
-        **{name: value for name, value in vision.items() if name not in ("model_type", "torch_dtype")}
-    )
+    return CLIPVisionConfig(**{name: vision[name] for name in VISION_FIELDS if vision.get(name) is not None})
 
 
 def _shapes(files: Files) -> dict[str, tuple[int, ...]]:
