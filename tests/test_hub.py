@@ -372,6 +372,20 @@ result = model(**inputs).logits[0, -1].tolist()
     torch.testing.assert_close(torch.tensor(logits), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["../../../evil.json", "additional_chat_templates/../../../../evil.json"])
+def test_repository_whose_names_climb_out_writes_nothing_outside(hub, client, repo, tmp_path, name):
+    client.run(AUTHORS, repo=repo, folder=str(FIDELITY / "checkpoint"))
+    hub.files(repo)[name] = b"{}"
+    code = """
+from mqt_llava.conversion.convert import convert
+convert(repo, folder)
+"""
+    with pytest.raises(ClientError, match="(?i)path|outside|invalid"):
+        client.run(code, repo=repo, folder=str(tmp_path / "out"))
+    assert not list(client.home.parent.rglob("evil*"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_command_line_converts_from_id_to_id(hub, client, repo, tmp_path):
     client.run(AUTHORS, repo="me/theirs", folder=str(FIDELITY / "checkpoint_without_vision"))
     client.run(AUTHORS, repo="me/clip", folder=str(FIDELITY / "clip"))
