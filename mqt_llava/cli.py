@@ -4,6 +4,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,7 +108,7 @@ def _run_convert(args: argparse.Namespace) -> None:
         **({} if args.revision is None else {"revision": args.revision}),
     )
     print(f"Converted to {args.destination}")
-    _push_if_asked(args.destination, args)
+    _push_if_asked(args.destination, args, base_model=_hub_id(args.source))
 
 
 def _add_upcycle(commands) -> None:
@@ -125,7 +126,7 @@ def _run_upcycle(args: argparse.Namespace) -> None:
 
     upcycle(args.source, args.destination, max_visual_tokens=args.max_visual_tokens, seed=args.seed)
     print(f"Ready to train: {args.destination}")
-    _push_if_asked(args.destination, args)
+    _push_if_asked(args.destination, args, base_model=_hub_id(args.source))
 
 
 def _add_merge(commands) -> None:
@@ -165,6 +166,11 @@ def _add_push_arguments(command, repo_argument: str) -> None:
     command.add_argument(repo_argument, metavar="ID", help="Hub id to upload to")
     command.add_argument("--include-code", action="store_true", help="upload the code too, for trust_remote_code=True")
     command.add_argument("--private", action="store_true", default=None, help="if the repository is created")
+
+
+def _hub_id(source: str) -> str | None:
+    """What a model card may name as the base: nothing that lies on this machine."""
+    return None if Path(source).exists() else source
 
 
 def _push_if_asked(folder: str, args: argparse.Namespace, **card) -> None:

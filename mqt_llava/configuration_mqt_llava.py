@@ -1,5 +1,6 @@
 """What may differ between two MQT-LLaVA checkpoints, and the one rule for how many visual tokens may be asked for."""
 
+import importlib
 import math
 import operator
 from collections.abc import Iterable
@@ -254,6 +255,19 @@ class MqtLlavaConfig(PreTrainedConfig):
                 )
         if text.model_type == "ernie4_5_moe" and text.use_bias:
             raise ValueError("`text_config.use_bias` must be False because the head is a plain linear layer, got True.")
+
+
+def installed(module: str) -> Any:
+    """
+    A module of the installed package that does not travel to the Hub with this one, and so is found by name.
+
+    Raises:
+        ImportError: if the package is not installed, and this file came from the Hub alone.
+    """
+    try:
+        return importlib.import_module(f"mqt_llava.{module}")
+    except ModuleNotFoundError as error:
+        raise ImportError("This needs the package `mqt_llava`, which is more than the code in a repository.") from error
 
 
 def check_sizes(config: dict[str, Any], name: str) -> None:

@@ -8,7 +8,6 @@ an image, C vision width (1024), D language width (4096). Numbers in brackets ar
 import copy
 import functools
 import glob
-import importlib
 import json
 import math
 import os
@@ -31,7 +30,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from .configuration_mqt_llava import MqtLlavaConfig, check_num_visual_tokens, released_config
+from .configuration_mqt_llava import MqtLlavaConfig, check_num_visual_tokens, installed, released_config
 
 
 # Scale of the shared orthogonal start of the query and key projections under `query_init="local"`: sharp enough that a
@@ -746,8 +745,7 @@ class MqtLlavaForConditionalGeneration(MqtLlavaPreTrainedModel, GenerationMixin)
         check_index_stays_inside(pretrained_model_name_or_path)
         load = functools.partial(super().from_pretrained, output_loading_info=True, ignore_mismatched_sizes=True)
         if kwargs.get("config") is None and released_config(pretrained_model_name_or_path, kwargs) is not None:
-            # Found by name: the package that reads foreign checkpoints does not travel with this file.
-            foreign = importlib.import_module("mqt_llava.conversion.load")
+            foreign = installed("conversion.load")
             model, info = foreign.load_released_model(load, pretrained_model_name_or_path, vision_tower, kwargs)
         elif vision_tower is not None:
             raise ValueError("`vision_tower` is for checkpoints of the authors' code; this one has its own tower.")
@@ -771,7 +769,7 @@ class MqtLlavaForConditionalGeneration(MqtLlavaPreTrainedModel, GenerationMixin)
         Returns:
             [`MqtLlavaForConditionalGeneration`] and [`MqtLlavaProcessor`].
         """
-        components = importlib.import_module("mqt_llava.conversion.components")  # does not travel with this file
+        components = installed("conversion.components")
         return components.from_components(vision, language, max_visual_tokens=max_visual_tokens, **kwargs)
 
     def save_pretrained(self, *args, **kwargs) -> None:
@@ -797,9 +795,8 @@ class MqtLlavaForConditionalGeneration(MqtLlavaPreTrainedModel, GenerationMixin)
             kwargs: `private`, `token`, `revision`, `create_pr`, `commit_message`, `max_shard_size`; and for the card
                 `base_model`, `datasets`, `license`, `evaluation`.
         """
-        hub = importlib.import_module("mqt_llava.hub")  # found by name: it does not travel with this file
         parts = [self] if processor is None else [self, processor]
-        return hub.push_to_hub(parts, repo_id, include_code=include_code, **kwargs)
+        return installed("hub").push_to_hub(parts, repo_id, include_code=include_code, **kwargs)
 
     @torch.no_grad()
     def generate(

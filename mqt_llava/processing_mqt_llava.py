@@ -1,14 +1,12 @@
 """Images and text in, tensors out: each `<image>` of a prompt becomes as many placeholders as it has visual tokens."""
 
-import importlib
-
 import numpy as np
 from PIL import Image, ImageOps
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
-from .configuration_mqt_llava import LARGEST_MAX_VISUAL_TOKENS, check_num_visual_tokens, released_config
+from .configuration_mqt_llava import LARGEST_MAX_VISUAL_TOKENS, check_num_visual_tokens, installed, released_config
 
 
 # The conversation format that released checkpoints were tuned on (`conv_vicuna_v1` in `conversation.py` of the authors'
@@ -169,14 +167,12 @@ class MqtLlavaProcessor(ProcessorMixin):
             if vision_tower is not None:
                 raise ValueError("`vision_tower` is for checkpoints of the authors' code; this one has its own tower.")
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        # Found by name: the package that reads foreign checkpoints does not travel with this file.
-        foreign = importlib.import_module("mqt_llava.conversion.load")
+        foreign = installed("conversion.load")
         return foreign.load_released_processor(pretrained_model_name_or_path, vision_tower, **kwargs)
 
     def push_to_hub(self, repo_id: str, *, include_code: bool = False, **kwargs) -> str:
         """As the model's `push_to_hub`, for the processor alone."""
-        hub = importlib.import_module("mqt_llava.hub")  # found by name: it does not travel with this file
-        return hub.push_to_hub([self], repo_id, include_code=include_code, **kwargs)
+        return installed("hub").push_to_hub([self], repo_id, include_code=include_code, **kwargs)
 
     def get_text_with_replacements(self, text, images_replacements=(), *args, **kwargs):
         """

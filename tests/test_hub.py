@@ -393,6 +393,15 @@ def test_command_line_converts_from_id_to_id(hub, client, repo, tmp_path):
     assert client.run("from mqt_llava.cli import main; result = main(arguments)", arguments=arguments) == 0
     assert {"config.json", "README.md", "processor_config.json"} <= hub.files(repo).keys()
     assert json.loads(hub.files(repo)["config.json"])["model_type"] == "mqt_llava"
+    assert b"base_model: me/theirs" in hub.files(repo)["README.md"]
+
+
+def test_remote_code_says_what_needs_the_package(hub, client, without_package, saved, repo):
+    push(client, saved, repo, include_code=True)
+    ask(without_package, saved, repo, trust_remote_code=True)
+    with pytest.raises(ClientError, match="needs the package `mqt_llava`"):
+        without_package.run("model.push_to_hub('me/other')")
+    assert "me/other" not in hub.repositories
 
 
 def test_source_folder_is_left_as_it_was(hub, client, saved, repo):
