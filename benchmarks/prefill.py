@@ -85,8 +85,8 @@ def main() -> None:
     ours, llava = models()
     pixels = torch.randn(1, 3, 336, 336)
     features = {"image": ours.get_image_features(pixels)}
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-          f"transformers {transformers.__version__}\n")  # fmt: skip
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"{platform.machine()}, {torch.get_num_threads()} threads, {versions}\n")
     print("| visual tokens | GFLOPs | prefill | features encoded before |\n|--|--|--|--|")
     for m in BUDGETS:
         ids = prompt(m)

@@ -32,19 +32,15 @@ def test_an_answer_at_each_budget_is_that_of_generate(folder):
         add_generation_prompt=True,
     )
     for row in rows:
-        output = model.generate(
-            **inputs, num_visual_tokens=row.num_visual_tokens, do_sample=False, max_new_tokens=6
-        )
-        assert row.answer == processor.decode(
-            output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        output = model.generate(**inputs, num_visual_tokens=row.num_visual_tokens, do_sample=False, max_new_tokens=6)
+        assert row.answer == processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def test_more_tokens_cost_the_same_more_each(folder):
     """Linear layers dominate: 8 tokens more cost about the same from 1 to 9 as from 8 to 16."""
     flops = {row.num_visual_tokens: row.prefill_flops for row in question(folder, [1, 8, 9, 16])}
     first, second = flops[9] - flops[1], flops[16] - flops[8]
-    assert 0 < first
+    assert first > 0
     assert second == pytest.approx(first, rel=0.1)
 
 

@@ -1,0 +1,1 @@
+"""How the numbers are found: from conversations about images to batches for the Trainer."""
