@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mqt_llava.evaluation.ask import ask
 from mqt_llava.quickstart import Recipe, run, run_quickstart, training
-from mqt_llava.quickstart.answering import Tokens, elastic_draw, examples_of, fixed_draw
+from mqt_llava.quickstart.answering import FromPatches, Tokens, elastic_draw, examples_of, fixed_draw, patches_of
 from mqt_llava.quickstart.baselines import blind_accuracy, majority_accuracy
 from mqt_llava.quickstart.corpus import QUESTIONS_PER_VISIT, build_corpus, normalise
 from mqt_llava.quickstart.evaluation import MEAN, measure_accuracy, right_answers
@@ -380,7 +380,7 @@ def test_answering_does_not_move_the_tower(tmp_path, monkeypatch):
     original = training.Trainer.train
 
     def train(trainer, **kwargs):
-        tower = getattr(trainer.model, "tower", None) or trainer.model.model.vision_tower
+        tower = getattr(trainer.model, "tower", None) or trainer.model.model.model.vision_tower
         before = {name: value.clone() for name, value in tower.state_dict().items()}
         original(trainer, **kwargs)
         towers.append(all(torch.equal(before[name], value) for name, value in tower.state_dict().items()))
@@ -461,6 +461,33 @@ def test_seed_out_of_range_raises(seed, tmp_path):
 def test_steps_out_of_range_raise(steps, tmp_path):
     with pytest.raises(ValueError, match="`steps` must be a whole number"):
         run_quickstart(tmp_path / "run", steps=steps)
+
+
+def test_learning_from_patches_is_learning_from_pictures(corpus):
+    """The frozen tower is asked once per picture; loss and gradients are those of asking it at every step."""
+    model, train, tokens = build_model(), corpus["train"], Tokens(build_tokenizer())
+    model.model.vision_tower.requires_grad_(False)
+    examples = examples_of(train, tokens)[:3]
+    from_patches = [
+        Example(patches, example.prefix, example.branches)
+        for patches, example in zip(patches_of(model, train), examples)
+    ]
+    losses, gradients = [], []
+    for learner, some in ((model, examples), (FromPatches(model), from_patches)):
+        model.zero_grad()
+        loss = learner(**collate(some, 6)).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append(model.model.query_transformer.query.grad.clone())
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+
+
+def test_a_run_leaves_the_number_of_threads_as_it_was():
+    before = torch.get_num_threads()
+    with run.one_thread():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
 
 
 def test_compare_measures_every_fixed_model_beside_the_elastic_one(tmp_path):

@@ -4,7 +4,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..modeling_mqt_llava import MqtLlavaForConditionalGeneration
 from ..training.collator import Branch, BranchCollator, Example, one_answer
@@ -15,6 +18,9 @@ from .randomness import stream
 from .training import Stage, Visits, run_stage
 from .vocabulary import BOS_TOKEN_ID, EOS_TOKEN_ID, IMAGE_TOKEN_ID, PAD_TOKEN_ID
 
+
+PICTURES_AT_ONCE = 100
+"""Pictures that the tower reads in one go, when it reads them for good."""
 
 FULL_LENGTH_SHARE = 0.25
 """Share of the steps, from the first on, that see all visual tokens: looking is learned before coping with less."""
@@ -51,8 +57,34 @@ def examples_of(split: Split, tokens: Tokens) -> list[Example]:
     ]
 
 
-def training_visits(split: Split, tokens: Tokens, stage: Stage, seed: int) -> Visits:
-    """Scenes in a new order each time round, and each time another choice from the questions ready for them."""
+@torch.no_grad()
+def patches_of(model: MqtLlavaForConditionalGeneration, split: Split) -> torch.Tensor:
+    """`(number of scenes, N, C)`: what the tower says about every picture. It is frozen, so once is enough."""
+    model.eval()
+    starts = range(0, len(split), PICTURES_AT_ONCE)
+    pictures = (split.pictures[start : start + PICTURES_AT_ONCE] for start in starts)
+    return torch.cat([model.model.patch_features(torch.stack([normalise(one) for one in some])) for some in pictures])
+
+
+class FromPatches(nn.Module):
+    """The model from its tower's output on: `pixel_values` are the `(B, N, C)` patches of [`patches_of`]."""
+
+    def __init__(self, model: MqtLlavaForConditionalGeneration):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor, **inputs):
+        """What the model returns for the pictures themselves."""
+        visual_tokens = self.model.model.query_transformer(pixel_values)  # (B, M, D)
+        images = BaseModelOutputWithPooling(pooler_output=list(visual_tokens))
+        return self.model(mm_encoder_outputs={"image": images}, **inputs)
+
+
+def training_visits(split: Split, patches: torch.Tensor, tokens: Tokens, stage: Stage, seed: int) -> Visits:
+    """
+    Scenes in a new order each time round, and each time another choice from the questions ready for them. Their
+    pictures are given as `patches`, see [`patches_of`].
+    """
     pools = [
         {kind: [tokens.branch(question) for question in questions] for kind, questions in by_kind.items()}
         for by_kind in split.questions
@@ -64,7 +96,7 @@ def training_visits(split: Split, tokens: Tokens, stage: Stage, seed: int) -> Vi
             for kind, number in QUESTIONS_PER_VISIT.items()
             for index in rng.permutation(len(pools[scene][kind]))[:number]
         ]
-        return Example(normalise(split.pictures[scene]), tokens.prefix, chosen, position=visit // stage.batch_size)
+        return Example(patches[scene], tokens.prefix, chosen, position=visit // stage.batch_size)
 
     return Visits(make, len(split), stage.steps * stage.batch_size, seed)
 
@@ -98,4 +130,4 @@ def teach_to_answer(
     """Trains query transformer and language model in place; the tower stays as it is."""
     model.model.vision_tower.requires_grad_(False)
     collator = BranchCollator(IMAGE_TOKEN_ID, PAD_TOKEN_ID, draw)
-    run_stage(stage, model, visits, collator, folder, seed, on_step)
+    run_stage(stage, FromPatches(model), visits, collator, folder, seed, on_step)

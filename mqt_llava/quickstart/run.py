@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from .._version import __version__
 from ..modeling_mqt_llava import MqtLlavaForConditionalGeneration
 from ..processing_mqt_llava import MqtLlavaProcessor
-from .answering import Tokens, elastic_draw, fixed_draw, teach_to_answer, training_visits
+from .answering import Tokens, elastic_draw, fixed_draw, patches_of, teach_to_answer, training_visits
 from .baselines import blind_accuracy, majority_accuracy
 from .corpus import Split, build_corpus
 from .evaluation import MEAN, Accuracy, measure_accuracy
@@ -71,7 +71,7 @@ def run_quickstart(
     if folder.is_finished and (folder.is_compared or not compare):
         echo(f"{folder.path} holds this run already, finished. Its results (run with --overwrite to do it again):")
     else:
-        with quiet_transformers():
+        with quiet_transformers(), one_thread():
             Run(folder, seed, recipe, echo).carry_out(compare)
     folder.close()
     return show_results(folder, echo)
@@ -99,13 +99,10 @@ class Run:
         """The elastic model, its checkpoint, results and figures."""
         model = self.new_model()
         self.teach_tower(model)
-        visits = training_visits(self.corpus["train"], self.tokens, self.recipe.answers, self.seed)
         self.echo(
             "Teaching the model to answer, at first with all visual tokens, then with a number drawn at every step ..."
         )
-        draw = elastic_draw(self.recipe.answers.steps, self.seed)
-        with self.bar("answering", self.recipe.answers.steps) as on_step:
-            teach_to_answer(model, self.recipe.answers, visits, draw, self.folder.work / "elastic", self.seed, on_step)
+        self.teach_answers(model, "elastic", elastic_draw(self.recipe.answers.steps, self.seed))
         accuracy = self.measure(model, self.corpus["test"], BUDGETS)
         model.save_pretrained(self.folder.path)
         self.processor.save_pretrained(self.folder.path)
@@ -136,6 +133,13 @@ class Run:
         shares = seen_correctly(seeing, self.corpus["validation"])
         self.echo("Patches named right: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
 
+    def teach_answers(self, model: MqtLlavaForConditionalGeneration, name: str, draw) -> None:
+        """Query transformer and language model learn, on all questions in one order, whatever is drawn."""
+        stage, train = self.recipe.answers, self.corpus["train"]
+        visits = training_visits(train, patches_of(model, train), self.tokens, stage, self.seed)
+        with self.bar(f"answering, {name}", stage.steps) as on_step:
+            teach_to_answer(model, stage, visits, draw, self.folder.work / name, self.seed, on_step)
+
     def measure(self, model: MqtLlavaForConditionalGeneration, split: Split, budgets) -> Accuracy:
         """Accuracy on a split, under a progress bar."""
         with self.bar("measuring", len(split)) as on_scenes:
@@ -162,10 +166,7 @@ class Run:
         """A model of the same starting values, tower, steps and questions as the elastic one."""
         model = self.new_model()
         model.model.vision_tower.load_state_dict(tower)
-        visits = training_visits(self.corpus["train"], self.tokens, self.recipe.answers, self.seed)
-        folder = self.folder.work / f"fixed-{budget}"
-        with self.bar(f"answering, m = {budget}", self.recipe.answers.steps) as on_step:
-            teach_to_answer(model, self.recipe.answers, visits, fixed_draw(budget), folder, self.seed, on_step)
+        self.teach_answers(model, f"fixed-{budget}", fixed_draw(budget))
         return model
 
     def results(self, accuracy: Accuracy) -> dict:
@@ -210,6 +211,20 @@ def quiet_transformers() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
         if shown:
             transformers.logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """
+    Torch on one core. Two are faster by a quarter on a machine that does nothing else, and slower by ten times and more
+    as soon as another program wants a core, because each of the many small steps then waits for the later thread.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def show_results(folder: OutputFolder, echo: Echo) -> dict:

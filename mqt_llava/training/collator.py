@@ -35,7 +35,7 @@ class Example:
     """One image and the conversations about it, each as if it were the only one."""
 
     pixel_values: torch.Tensor
-    """`(3, H, W)`, as the image processor gives it."""
+    """`(3, H, W)`, as the image processor gives it, or whatever the model that is trained takes in its place."""
     prefix: list[int]
     """Token ids up to the conversation, the image as one placeholder."""
     branches: list[Branch]
@@ -66,7 +66,7 @@ class BranchCollator:
         """
         Returns:
             `input_ids`, `labels`, `position_ids` of shape `(B, S)`, an additive `attention_mask` of shape
-            `(B, 1, S, S)` and `pixel_values` of shape `(B, 3, H, W)`.
+            `(B, 1, S, S)` and `pixel_values`, those of the examples stacked.
 
         Raises:
             ValueError: if a prefix does not hold exactly one placeholder.
