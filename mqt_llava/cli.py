@@ -25,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="mqt-llava", description="One vision-language model, any number of visual tokens."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add_command in (_add_quickstart, _add_ask):
+    for add_command in (_add_quickstart, _add_ask, _add_train, _add_merge):
         add_command(commands)
     return parser
 
@@ -79,6 +79,41 @@ def _run_ask(args: argparse.Namespace) -> None:
     width = max(len(str(row.num_visual_tokens)) for row in rows)
     for row in rows:
         print(f"m = {row.num_visual_tokens:>{width}}   {row.prefill_flops / 1e6:12,.1f} MFLOPs prefill   {row.answer}")
+
+
+def _add_train(commands) -> None:
+    command = commands.add_parser("train", help="train a model as a recipe says")
+    command.add_argument("recipe", help="YAML file, such as recipes/tiny.yaml")
+    command.add_argument(
+        "overrides",
+        nargs=argparse.REMAINDER,
+        metavar="--key value",
+        help="changes to the recipe: --max_steps 10 --lora",
+    )
+    command.set_defaults(run=_run_train)
+
+
+def _run_train(args: argparse.Namespace) -> None:
+    from .training.recipe import load_recipe
+    from .training.run import train
+
+    finished = train(load_recipe(args.recipe, args.overrides))
+    if finished.trainer.is_world_process_zero():
+        print(f"Trained model in {finished.trainer.args.output_dir}.")
+
+
+def _add_merge(commands) -> None:
+    command = commands.add_parser("merge", help="merge adapters into their model")
+    command.add_argument("adapter", help="folder that `train --lora` has written")
+    command.add_argument("output_dir", help="folder for the merged model")
+    command.set_defaults(run=_run_merge)
+
+
+def _run_merge(args: argparse.Namespace) -> None:
+    from .training.models import merge_adapters
+
+    merge_adapters(args.adapter, args.output_dir)
+    print(f"Merged model in {args.output_dir}.")
 
 
 if __name__ == "__main__":
