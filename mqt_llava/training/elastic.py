@@ -75,7 +75,7 @@ class Meter:
         }
 
 
-class ElasticTrainerMixin(_Trainer):
+class ElasticTrainerMixin(_Trainer):  # type: ignore[misc, valid-type]
     """
     One number of visual tokens per optimizer step, for any `Trainer` whose collator gives `input_ids` and `labels`:
 
