@@ -38,6 +38,8 @@ class MqtLlavaTrainingArguments(TrainingArguments):
             raise ValueError(f"`self_distillation` must be 0 (off) or a positive weight, got {self.self_distillation}.")
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
+        if self.accelerator_config.dispatch_batches is None:  # batches of a stream have no common shape to be cut along
+            self.accelerator_config.dispatch_batches = False
 
     def learning_rate_of(self, parameter_name: str) -> float:
         """The learning rate of a parameter, by the part that it is in."""

@@ -84,6 +84,13 @@ def check_trimmable(batch: dict[str, Any], counts: torch.Tensor, is_image: torch
         )
 
 
+def without_image_labels(batch: dict[str, Any], image_token_id: int) -> dict[str, Any]:
+    """The batch with no label on a placeholder. (TRL's collator puts some there: they would be counted, and learned.)"""
+    if batch.get("labels") is None:
+        return batch
+    return {**batch, "labels": batch["labels"].masked_fill(batch["input_ids"] == image_token_id, IGNORED)}
+
+
 def shifted_labels(labels: torch.Tensor) -> torch.Tensor:
     """`(B, S)`: at each position the label of the next token, which is what the logits there predict."""
     return nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]

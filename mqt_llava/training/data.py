@@ -228,29 +228,52 @@ def lengths_of(source: Source) -> np.ndarray:
 
 class ConversationStream(torch.utils.data.IterableDataset):
     """
-    A stream of records, encoded as they come; bad ones are noted and left out.
+    Sources read as they come, mixed by weight until each has been read, encoded; bad records are noted and left out.
+
+    DataLoader workers share the records among them. Ranks each read all and keep their part of the batches.
 
     Args:
-        stream (`datasets.IterableDataset`): of records in either format, already mixed.
-        encode, skip_log: see [`ConversationDataset`].
-        image_folder (`str`, *optional*): where image paths begin.
+        sources (`list[Source]`): their records may be anything that can be iterated over more than once.
+        encode, skip_log, seed: see [`ConversationDataset`].
     """
 
-    def __init__(self, stream, encode: Callable, skip_log: SkipLog | None = None, image_folder: str | None = None):
-        self.stream, self.encode, self.skip_log = stream, encode, skip_log or SkipLog()
-        self.image_folder = image_folder
+    def __init__(self, sources: Sequence[Source], encode: Callable, skip_log: SkipLog | None = None, seed: int = 0):
+        self.sources, self.encode, self.skip_log = list(sources), encode, skip_log or SkipLog()
+        self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Shuffles anew."""
-        if hasattr(self.stream, "set_epoch"):
-            self.stream.set_epoch(epoch)
+        """Mixes, and shuffles what can be shuffled, anew."""
+        self.epoch = epoch
+        for source in self.sources:
+            if hasattr(source.records, "set_epoch"):
+                source.records.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        for position, record in enumerate(self.stream):
+        worker = torch.utils.data.get_worker_info()
+        number, own = (1, 0) if worker is None else (worker.num_workers, worker.id)
+        for position, (source, name, record) in enumerate(self._mixed()):
+            if position % number != own:
+                continue
             try:
-                yield self.encode(open_conversation(record, self.image_folder))
+                yield self.encode(open_conversation(record, source.image_folder))
             except BadRecord as error:
-                self.skip_log.skip(f"stream#{position}", error)
+                self.skip_log.skip(name, error)
+
+    def _mixed(self) -> Iterator[tuple[Source, str, Mapping[str, Any]]]:
+        """Records in order of a weighted draw; a source that has been read starts over until the last has been."""
+        generator = np.random.default_rng([self.seed, self.epoch])
+        weights = np.array([source.weight for source in self.sources])
+        streams = [enumerate(source.records) for source in self.sources]  # type: ignore[arg-type]
+        unread = set(range(len(streams)))
+        while unread:
+            chosen = int(generator.choice(len(streams), p=weights / weights.sum()))
+            item = next(streams[chosen], None)
+            if item is None:
+                unread.discard(chosen)
+                streams[chosen] = enumerate(self.sources[chosen].records)  # type: ignore[arg-type]
+            else:
+                source = self.sources[chosen]
+                yield source, source.name_of(item[0]), item[1]
 
 
 class ByLengthAndModality(torch.utils.data.Sampler):

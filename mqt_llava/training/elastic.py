@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Trainer
 
 from ..modeling_mqt_llava import MqtLlavaForConditionalGeneration
-from .batches import IGNORED, shifted_labels, trim_to_budget
+from .batches import IGNORED, shifted_labels, trim_to_budget, without_image_labels
 from .draws import Draw, budget_bucket, budget_buckets, parse_draw
 
 
@@ -112,6 +112,7 @@ class ElasticTrainerMixin(_Trainer):  # type: ignore[misc, valid-type]
         if num_items_in_batch is None and len(budgets) > 1:
             raise ValueError(f"`draw: {self.draw.name}` takes several passes a step, and needs batches with `labels`.")
         self.meter.started = self.meter.started or time.perf_counter()
+        inputs = without_image_labels(inputs, self.image_token_id)
         self._whole_batch, total = inputs, None
         for budget in budgets:
             batch = trim_to_budget(inputs, budget, self.image_token_id, self.max_visual_tokens)
@@ -124,6 +125,10 @@ class ElasticTrainerMixin(_Trainer):  # type: ignore[misc, valid-type]
                 self.meter.add(budget, loss * items / world, batch)
         self._whole_batch = None
         return total
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        samples = [without_image_labels(batch, self.image_token_id) for batch in batch_samples]
+        return super()._get_num_items_in_batch(samples, device)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Adds the number of visual tokens, tokens per second and the loss by octave of m."""

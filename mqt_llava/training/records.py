@@ -122,6 +122,9 @@ class JsonRecords:
         start, size = int(self.index.starts[position]), int(self.index.sizes[position])
         return json.loads(self._memory()[start : start + size])
 
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[position] for position in range(len(self)))
+
     def _memory(self) -> mmap.mmap:
         if self._map is None:  # opened anew in every worker
             with open(self.path, "rb") as file:

@@ -15,9 +15,9 @@ KEYS = {"path", "image_folder", "weight", "split", "name"}
 def make_dataset(sources: list, arguments: DataArguments, encode: Callable, skip_log: SkipLog, seed: int):
     """The sources of a recipe, mixed. A stream if the recipe asks for one, else a list that stays on disk."""
     described = [describe(source, arguments) for source in sources]
-    if arguments.streaming:
-        return make_stream(described, encode, skip_log, seed)
-    return ConversationDataset([open_source(source) for source in described], encode, skip_log, seed)
+    opened = [open_source(source, arguments.streaming) for source in described]
+    kind = ConversationStream if arguments.streaming else ConversationDataset
+    return kind(opened, encode, skip_log, seed)
 
 
 def describe(source: Any, arguments: DataArguments) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def describe(source: Any, arguments: DataArguments) -> dict[str, Any]:
     return {**defaults, **source}
 
 
-def open_source(source: Mapping[str, Any]) -> Source:
+def open_source(source: Mapping[str, Any], streaming: bool = False) -> Source:
     """Records of a JSON file, of a folder or Hub id that `datasets` can load, or the built-in toy."""
     path = source["path"]
     if path.startswith("builtin:tiny"):
@@ -47,7 +47,7 @@ def open_source(source: Mapping[str, Any]) -> Source:
     elif path.endswith((".json", ".jsonl")):
         records = JsonRecords(path)
     else:
-        records = load_columns(source, streaming=False)
+        records = load_columns(source, streaming)
     return Source(source["name"] or path, records, source["image_folder"], float(source["weight"]))
 
 
@@ -78,35 +78,3 @@ def load_columns(source: Mapping[str, Any], streaming: bool):
         elif isinstance(getattr(feature, "feature", None), datasets.Image):
             loaded = loaded.cast_column(name, datasets.List(undecoded))
     return loaded
-
-
-def make_stream(sources: list[dict[str, Any]], encode: Callable, skip_log: SkipLog, seed: int) -> ConversationStream:
-    """
-    Streams, interleaved by weight until every one has been read.
-
-    Raises:
-        ValueError: if the sources have different image folders, which a stream cannot keep apart.
-    """
-    import datasets
-
-    folders = {source["image_folder"] for source in sources}
-    if len(folders) > 1:
-        raise ValueError(f"`streaming` needs one `image_folder` for all sources, got {sorted(map(str, folders))}.")
-    streams = [open_stream(source) for source in sources]
-    if len(streams) > 1:
-        total = sum(float(source["weight"]) for source in sources)
-        shares = [float(source["weight"]) / total for source in sources]
-        stream = datasets.interleave_datasets(streams, shares, seed=seed, stopping_strategy="all_exhausted")
-    else:
-        stream = streams[0]
-    return ConversationStream(stream, encode, skip_log, folders.pop())
-
-
-def open_stream(source: Mapping[str, Any]):
-    """A source as an `IterableDataset`."""
-    import datasets
-
-    if source["path"].endswith((".json", ".jsonl")) or source["path"].startswith("builtin:"):
-        records = open_source(source).records
-        return datasets.IterableDataset.from_generator(lambda: (records[i] for i in range(len(records))))
-    return load_columns(source, streaming=True)

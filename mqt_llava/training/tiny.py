@@ -86,6 +86,9 @@ class TinyRecords:
     def __len__(self) -> int:
         return self.number
 
+    def __iter__(self):
+        return (self[position] for position in range(self.number))
+
     def __getitem__(self, position: int) -> dict:
         generator = np.random.default_rng([self.seed, position])
         colour, shape = str(generator.choice(list(COLOURS))), str(generator.choice(SHAPES))
