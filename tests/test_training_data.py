@@ -186,7 +186,9 @@ def columns():
     rows = conversations(6)
     return datasets.Dataset.from_dict(
         {
-            "messages": [[{"role": m["role"], "content": m["content"][-1]["text"]} for m in r["messages"]] for r in rows],
+            "messages": [
+                [{"role": m["role"], "content": m["content"][-1]["text"]} for m in r["messages"]] for r in rows
+            ],
             "images": [r["images"] for r in rows],
         },
     )

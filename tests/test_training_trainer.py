@@ -67,9 +67,7 @@ def record_budget(compute_loss, of, seen):
 def test_accumulation_gives_the_losses_of_the_large_batch(tmp_path):
     settings = {"optim": "sgd", "draw": "uniform_all", "train_sampling_strategy": "sequential", "max_steps": 2}
     whole = trainer(tmp_path, examples=MIXED, per_device_train_batch_size=4, **settings)
-    parts = trainer(
-        tmp_path, examples=MIXED, per_device_train_batch_size=2, gradient_accumulation_steps=2, **settings
-    )
+    parts = trainer(tmp_path, examples=MIXED, per_device_train_batch_size=2, gradient_accumulation_steps=2, **settings)
     whole.train()
     parts.train()
     assert logged(whole, "loss") == pytest.approx(logged(parts, "loss"), rel=1e-5)
@@ -201,9 +199,7 @@ def test_self_distillation_adds_the_divergence_from_the_full_budget(tmp_path):
     batch = ConversationCollator(tiny_processor())(conversations(2))
     cut = trim_to_budget(batch, 2, 4, M)
     with torch.no_grad():
-        p, q = (
-            model(**b).logits[:, :-1][b["labels"][:, 1:] != -100].log_softmax(-1) for b in (batch, cut)
-        )
+        p, q = (model(**b).logits[:, :-1][b["labels"][:, 1:] != -100].log_softmax(-1) for b in (batch, cut))
     divergence = (p.exp() * (p - q)).sum(-1).mean().item()
     assert divergence > 0.01
     assert logged(distilled, "loss")[0] == pytest.approx(logged(plain, "loss")[0] + 0.5 * divergence, rel=1e-4)

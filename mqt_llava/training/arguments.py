@@ -33,6 +33,8 @@ class MqtLlavaTrainingArguments(TrainingArguments):
     ddp_broadcast_buffers: bool | None = field(default=False)
 
     def __post_init__(self):
+        if "loss@" in (self.metric_for_best_model or "") and self.greater_is_better is None:
+            self.greater_is_better = False
         super().__post_init__()
         if self.self_distillation < 0:
             raise ValueError(f"`self_distillation` must be 0 (off) or a positive weight, got {self.self_distillation}.")

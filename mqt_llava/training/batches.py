@@ -85,7 +85,7 @@ def check_trimmable(batch: dict[str, Any], counts: torch.Tensor, is_image: torch
 
 
 def without_image_labels(batch: dict[str, Any], image_token_id: int) -> dict[str, Any]:
-    """The batch with no label on a placeholder. (TRL's collator puts some there: they would be counted, and learned.)"""
+    """The batch with no label on a placeholder. (TRL's collator puts some there, to be counted and learned.)"""
     if batch.get("labels") is None:
         return batch
     return {**batch, "labels": batch["labels"].masked_fill(batch["input_ids"] == image_token_id, IGNORED)}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..processing_mqt_llava import MqtLlavaProcessor
+from ..processing_mqt_llava import VICUNA_V1_CHAT_TEMPLATE, MqtLlavaProcessor
 from .batches import IGNORED, pad_rows, trim_to_budget
 from .draws import Draw
 
@@ -27,7 +27,7 @@ PLAIN_CHAT_TEMPLATE = """\
 {%- endif -%}
 {%- endfor -%}
 """
-CHAT_TEMPLATES = {"plain": PLAIN_CHAT_TEMPLATE}
+CHAT_TEMPLATES = {"plain": PLAIN_CHAT_TEMPLATE, "vicuna": VICUNA_V1_CHAT_TEMPLATE}
 """Names that a recipe may use for `chat_template`, beside the processor's own."""
 
 

@@ -263,7 +263,7 @@ class ConversationStream(torch.utils.data.IterableDataset):
         """Records in order of a weighted draw; a source that has been read starts over until the last has been."""
         generator = np.random.default_rng([self.seed, self.epoch])
         weights = np.array([source.weight for source in self.sources])
-        streams = [enumerate(source.records) for source in self.sources]  # type: ignore[arg-type]
+        streams: list[Iterator] = [enumerate(source.records) for source in self.sources]  # type: ignore[arg-type]
         unread = set(range(len(streams)))
         while unread:
             chosen = int(generator.choice(len(streams), p=weights / weights.sum()))

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Trainer
 
 from ..modeling_mqt_llava import MqtLlavaForConditionalGeneration
-from .batches import IGNORED, shifted_labels, trim_to_budget, without_image_labels
+from .batches import IGNORED, shifted_labels, trim_to_budget, with_blank_image, without_image_labels
 from .draws import Draw, budget_bucket, budget_buckets, parse_draw
 
 
@@ -112,7 +112,7 @@ class ElasticTrainerMixin(_Trainer):  # type: ignore[misc, valid-type]
         if num_items_in_batch is None and len(budgets) > 1:
             raise ValueError(f"`draw: {self.draw.name}` takes several passes a step, and needs batches with `labels`.")
         self.meter.started = self.meter.started or time.perf_counter()
-        inputs = without_image_labels(inputs, self.image_token_id)
+        inputs = self.with_some_image(without_image_labels(inputs, self.image_token_id))
         self._whole_batch, total = inputs, None
         for budget in budgets:
             batch = trim_to_budget(inputs, budget, self.image_token_id, self.max_visual_tokens)
@@ -125,6 +125,21 @@ class ElasticTrainerMixin(_Trainer):  # type: ignore[misc, valid-type]
                 self.meter.add(budget, loss * items / world, batch)
         self._whole_batch = None
         return total
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        """As in the trainer below, on a batch that walks the images' path where that is needed."""
+        return super().prediction_step(model, self.with_some_image(inputs), *args, **kwargs)
+
+    def with_some_image(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """
+        The batch; text alone gets a blank image if the model is sharded (FSDP, ZeRO-3). Forward passes then gather
+        parameters layer by layer, and a rank that left the tower out would leave the others waiting.
+        """
+        if inputs.get("pixel_values") is not None or not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return inputs
+        vision = core_of(self.model).config.vision_config
+        shape = (getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
+        return with_blank_image(inputs, self.image_token_id, shape)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         samples = [without_image_labels(batch, self.image_token_id) for batch in batch_samples]

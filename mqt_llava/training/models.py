@@ -17,6 +17,7 @@ from transformers import (
     BitsAndBytesConfig,
     set_seed,
 )
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from ..configuration_mqt_llava import MqtLlavaConfig
 from ..modeling_mqt_llava import MODULES_NOT_TO_QUANTIZE, MqtLlavaForConditionalGeneration
@@ -99,6 +100,21 @@ def new_from_parts(arguments: ModelArguments):
         )
     model.generation_config = language_model.generation_config
     return model, processor
+
+
+def image_processor_for(vision_tower: str) -> LlavaImageProcessorPil:
+    """Pixels as the tower wants them, from an image padded to a square (or, without `do_pad`, cut to one)."""
+    own = AutoImageProcessor.from_pretrained(vision_tower)
+    size = getattr(own, "crop_size", None) or own.size
+    side = size["height"] if "height" in size else size["shortest_edge"]
+    return LlavaImageProcessorPil(
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_mean=own.image_mean,
+        image_std=own.image_std,
+        resample=own.resample,
+        do_pad=True,
+    )
 
 
 def new_config(arguments: ModelArguments, processor: MqtLlavaProcessor, text_config) -> MqtLlavaConfig:

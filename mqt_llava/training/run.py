@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .checkpoints import STAGING, last_checkpoint, wait_for_all
-from .conversations import ConversationCollator, ConversationEncoder
+from .conversations import CHAT_TEMPLATES, ConversationCollator, ConversationEncoder
 from .data import SkipLog
 from .models import BASE, load_model_and_processor
 from .plots import plot_budgets
@@ -44,8 +44,7 @@ def train(recipe: Recipe) -> Finished:
     output_dir = recipe.training.output_dir
     checkpoint = prepare_folder(recipe)
     model, processor = load_model_and_processor(recipe.model, output_dir, recipe.training.seed)
-    if recipe.data.image_aspect is not None:
-        processor.image_processor.do_pad = recipe.data.image_aspect == "pad"
+    set_processor(processor, recipe)
     skip_log = SkipLog(os.path.join(output_dir, SKIPPED), strict=recipe.data.strict_data)
     trainer = make_trainer(recipe, model, processor, skip_log)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -56,6 +55,18 @@ def train(recipe: Recipe) -> Finished:
     if report:
         logger.warning(report)
     return Finished(trainer, report)
+
+
+def set_processor(processor, recipe: Recipe) -> None:
+    """
+    What the processor is to do from now on, also after training. The plain template is for captions of the first stage
+    alone: conversations keep theirs.
+    """
+    if recipe.data.image_aspect is not None:
+        processor.image_processor.do_pad = recipe.data.image_aspect == "pad"
+    template = recipe.data.chat_template
+    if template not in (None, "plain"):
+        processor.chat_template = CHAT_TEMPLATES.get(template, template)
 
 
 def make_trainer(recipe: Recipe, model, processor, skip_log: SkipLog) -> MqtLlavaTrainer:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .arguments import MqtLlavaTrainingArguments
-from .batches import IGNORED, shifted_labels, trim_to_budget, with_blank_image
+from .batches import IGNORED, shifted_labels, trim_to_budget
 from .checkpoints import StagedCheckpoints
 from .data import ByLengthAndModality
 from .draws import check_budgets
@@ -44,6 +44,7 @@ class MqtLlavaTrainer(ElasticTrainerMixin, StagedCheckpoints):
             )
         if self.eval_budgets and kwargs.get("compute_metrics") is not None:
             raise ValueError("`eval_budgets` and `compute_metrics` exclude each other. Set `eval_budgets` to none.")
+        name_layers_that_are_there(core_of(model))
         super().__init__(model=model, args=args, draw=args.draw, **kwargs)
         if self.eval_budgets:
             self.compute_metrics = self._losses_at_budgets
@@ -75,14 +76,11 @@ class MqtLlavaTrainer(ElasticTrainerMixin, StagedCheckpoints):
         """
         if return_outputs or self.compute_loss_func is not None or "labels" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        text_alone = inputs.get("pixel_values") is None
-        if text_alone and model.training and self._is_sharded():
-            inputs = with_blank_image(inputs, self.image_token_id, self._image_shape())
         outputs, targets, _ = forward_where_learned(model, inputs)
         loss = self._cross_entropy(outputs.logits, targets, num_items_in_batch)
         if self.args.self_distillation and model.training:
             loss = loss + self.args.self_distillation * self._distillation(model, outputs, num_items_in_batch)
-        if text_alone and model.training and not self._is_sharded():
+        if inputs.get("pixel_values") is None and model.training:
             loss = loss + self._untouched_image_path()
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
@@ -112,20 +110,13 @@ class MqtLlavaTrainer(ElasticTrainerMixin, StagedCheckpoints):
     def _untouched_image_path(self) -> torch.Tensor:
         """
         0, with a zero gradient for each learning parameter on the images' path. A batch of text alone is then the same
-        step in one process and in many: DDP waits for every parameter, and an optimizer tells zero from none.
+        step in one process and in many: DDP waits for every parameter, and an optimizer tells zero from none. (Sharded
+        training never gets here: its batches all have an image.)
         """
         core = core_of(self.model)
         parts = (core.model.query_transformer, core.model.vision_tower)
         learning = [p for part in parts for p in part.parameters() if p.requires_grad]
         return sum((p.float().sum() * 0 for p in learning), torch.zeros((), device=self.args.device))
-
-    def _is_sharded(self) -> bool:
-        """Whether forward passes gather parameters, and so must be the same on all ranks."""
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
-
-    def _image_shape(self) -> tuple[int, int, int]:
-        vision = core_of(self.model).config.vision_config
-        return (getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -143,7 +134,7 @@ class MqtLlavaTrainer(ElasticTrainerMixin, StagedCheckpoints):
         """
         if not self.eval_budgets:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._prepare_inputs(self.with_some_image(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             sums = torch.stack(list(self._loss_sums(model, inputs)), dim=1)  # (B, K)
         counts = (shifted_labels(inputs["labels"]) != IGNORED).sum(-1, keepdim=True)  # (B, 1)
@@ -193,6 +184,15 @@ def forward_where_learned(model: nn.Module, batch: dict[str, Any], images: dict 
     if images is not None:
         inputs["mm_encoder_outputs"] = images
     return model(**inputs, logits_to_keep=learned, use_cache=False), targets[learned], learned
+
+
+def name_layers_that_are_there(model: nn.Module) -> None:
+    """
+    Leaves out of `_no_split_modules`, by which sharding wraps layers, those that the model has none of. (CLIP's tower
+    names a layer of CLIP's text side, and accelerate stops at a name that it does not find.)
+    """
+    present = {type(module).__name__ for module in model.modules()}
+    model._no_split_modules = type(model._no_split_modules)(name for name in model._no_split_modules if name in present)
 
 
 def visual_tokens(hidden_states: torch.Tensor, max_visual_tokens: int) -> dict[str, BaseModelOutputWithPooling]:
