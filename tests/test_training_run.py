@@ -6,8 +6,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training_helpers import tiny_processor, write_llava
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from mqt_llava import MqtLlavaForConditionalGeneration, MqtLlavaProcessor
 from mqt_llava.cli import main
@@ -162,6 +172,46 @@ def test_two_stages_from_a_tower_and_a_language_model(tmp_path, parts):
     assert not torch.equal(stage_one["model.query_transformer.query"], stage_two["model.query_transformer.query"])
     assert "USER" in MqtLlavaProcessor.from_pretrained(tmp_path / "one").chat_template
     assert first.trainer.model.config.query_num_attention_heads == 2
+
+
+def test_parts_of_today_make_a_model_that_trains(tmp_path):
+    """SigLIP has no CLS token and a pooling head above its layers; Qwen3 ties its head and has no unknown token."""
+    vision = SiglipVisionConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    SiglipVisionModel(vision).save_pretrained(tmp_path / "tower")
+    SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "tower")
+    tokenizer = tiny_processor().tokenizer
+    tokenizer.bos_token = tokenizer.unk_token = None
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(tmp_path / "language")
+    text = Qwen3Config(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=True,
+    )
+    language = Qwen3ForCausalLM(text)
+    language.save_pretrained(tmp_path / "language")
+    recipe = load_recipe(
+        TINY.with_name("modern.yaml"),
+        [
+            *f"--language_model {tmp_path / 'language'} --vision_tower {tmp_path / 'tower'} --use_cpu".split(),
+            *"--query_num_attention_heads 2 --max_visual_tokens 9 --data builtin:tiny --max_steps 2".split(),
+            *f"--output_dir {tmp_path / 'out'} --bf16 false --report_to none --dataloader_num_workers 0".split(),
+        ],
+    )
+    train(recipe)
+    model = MqtLlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
+    processor = MqtLlavaProcessor.from_pretrained(tmp_path / "out")
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert "USER" in processor.chat_template
+    assert processor.image_processor.do_pad
+    assert logits(model, processor).isfinite().all()
 
 
 def test_skipped_records_are_told_at_the_end(tmp_path, parts):
