@@ -42,7 +42,13 @@ SHAPES = {
         answer_length=16,
     ),
     "7b": Shape(
-        {**CLIP_336, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+        {
+            **CLIP_336,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+        },
         {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
         max_visual_tokens=256,
         query_heads=16,
@@ -59,7 +65,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="cpu")
     parser.add_argument("--lora", action="store_true", help="adapters on the language model, the rest frozen")
-    parser.add_argument("--steps", type=int, default=16, help="timed steps, after two that are not (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=16, help="timed steps, after two that are not (default: %(default)s)"
+    )
     parser.add_argument("--peak-tflops", type=float, help="of the device, for the share of it that is used (MFU)")
     parser.add_argument("--variant", choices=VARIANTS.values(), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -204,10 +212,10 @@ def collator(shape: Shape, visual_tokens: int):
 
 def operations(model, shape: Shape, args) -> float:
     """
-    Floating-point operations of a mean step, by the usual count: 2 per weight and token forward, 4 backward (2 where the
-    weights do not learn). Attention itself and recomputation are left out.
+    Floating-point operations of a mean step, by the usual count: 2 per weight and token forward, 4 backward (2 where
+    the weights do not learn). Attention itself and recomputation are left out.
     """
-    parameters = {name: 0 for name in ("vision_tower", "language_model")}
+    parameters = dict.fromkeys(("vision_tower", "language_model"), 0)
     for name, parameter in model.named_parameters():
         for part in parameters:
             parameters[part] += parameter.numel() * (part in name and "embed_tokens" not in name)
@@ -217,9 +225,8 @@ def operations(model, shape: Shape, args) -> float:
     head = VOCABULARY * shape.text["hidden_size"]
     logits = shape.batch * (visual + shape.text_length if args.variant == "llava" else shape.answer_length)
     learned = 4 if args.lora else 6
-    return (
-        2 * parameters["vision_tower"] * shape.batch * patches
-        + learned * (parameters["language_model"] * tokens + head * logits)
+    return 2 * parameters["vision_tower"] * shape.batch * patches + learned * (
+        parameters["language_model"] * tokens + head * logits
     )
 
 

@@ -19,7 +19,24 @@ from mqt_llava.training.data import ConversationDataset, Source
 from mqt_llava.training.records import JsonRecords
 
 
-WORDS = "the a red blue square stands beside on under of and is there many picture shows".split()
+WORDS = [
+    "the",
+    "a",
+    "red",
+    "blue",
+    "square",
+    "stands",
+    "beside",
+    "on",
+    "under",
+    "of",
+    "and",
+    "is",
+    "there",
+    "many",
+    "picture",
+    "shows",
+]
 
 
 def main() -> None:
@@ -47,7 +64,10 @@ def write(path: str, number: int) -> None:
         file.write("[")
         for i in range(number):
             turns = [
-                {"from": speaker, "value": ("<image>\n" if turn == 0 else "") + " ".join(generator.choices(WORDS, k=30))}
+                {
+                    "from": speaker,
+                    "value": ("<image>\n" if turn == 0 else "") + " ".join(generator.choices(WORDS, k=30)),
+                }
                 for turn, speaker in enumerate(["human", "gpt"] * 4)
             ]
             record = {"id": f"{i:012d}", "image": f"coco/train2017/{i:012d}.jpg", "conversations": turns}

@@ -106,6 +106,26 @@ def test_adapters_learn_little_and_merge_into_the_same_model(tmp_path):
     assert not torch.equal(merged.model.query_transformer.query, base.model.query_transformer.query)
 
 
+def test_activation_checkpointing_changes_no_number_with_adapters(tmp_path):
+    for name, more in (("plain", []), ("saved", ["--activation_checkpointing"])):
+        train(load_recipe(TINY, [*words(tmp_path / name)[1:], "--lora", "--trainable", "[language_model]", *more]))
+    assert history(tmp_path / "plain", "loss") == pytest.approx(history(tmp_path / "saved", "loss"), rel=1e-6)
+    plain, saved = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "saved"))
+    assert any(value.any() for name, value in plain.items() if "lora_B" in name)
+    for name, value in plain.items():
+        torch.testing.assert_close(saved[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_tensorboard_gets_the_loss_at_each_budget(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(load_recipe(TINY, [*words(tmp_path)[1:], "--report_to", "tensorboard"]))
+    (events,) = tmp_path.rglob("events.out.tfevents*")
+    found = EventAccumulator(str(events.parent)).Reload().Tags()["scalars"]
+    assert {"eval/loss@16", "train/num_visual_tokens", "train/tokens_per_second"} <= set(found)
+
+
 def test_merging_a_folder_without_adapters_raises(tmp_path):
     with pytest.raises(ValueError, match=r"adapter_config\.json"):
         merge_adapters(str(tmp_path), str(tmp_path / "out"))
@@ -201,7 +221,16 @@ def test_parts_of_today_make_a_model_that_trains(tmp_path):
         TINY.with_name("modern.yaml"),
         [
             *f"--language_model {tmp_path / 'language'} --vision_tower {tmp_path / 'tower'} --use_cpu".split(),
-            *"--query_num_attention_heads 2 --max_visual_tokens 9 --data builtin:tiny --max_steps 2".split(),
+            *[
+                "--query_num_attention_heads",
+                "2",
+                "--max_visual_tokens",
+                "9",
+                "--data",
+                "builtin:tiny",
+                "--max_steps",
+                "2",
+            ],
             *f"--output_dir {tmp_path / 'out'} --bf16 false --report_to none --dataloader_num_workers 0".split(),
         ],
     )

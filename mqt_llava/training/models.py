@@ -5,6 +5,7 @@ adapters, or with adapters on quantized weights.
 
 import json
 import os
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -40,7 +41,7 @@ def load_model_and_processor(arguments: ModelArguments, output_dir: str, seed: i
     set_seed(seed)
     base = os.path.join(output_dir, BASE)
     if os.path.isfile(os.path.join(base, "config.json")) and arguments.lora and is_new(arguments):
-        arguments.model_name_or_path, arguments.language_model, arguments.vision_tower = base, None, None
+        arguments = replace(arguments, model_name_or_path=base, language_model=None, vision_tower=None)
     model, processor = make(arguments)
     if arguments.lora:
         if is_new(arguments):

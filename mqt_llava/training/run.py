@@ -5,6 +5,7 @@ import os
 import shutil
 from dataclasses import dataclass
 
+from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .checkpoints import STAGING, last_checkpoint, wait_for_all
@@ -48,8 +49,6 @@ def train(recipe: Recipe) -> Finished:
     skip_log = SkipLog(os.path.join(output_dir, SKIPPED), strict=recipe.data.strict_data)
     trainer = make_trainer(recipe, model, processor, skip_log)
     trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.eval_dataset is not None:
-        trainer.log_metrics("eval", trainer.evaluate())
     save_result(trainer)
     report = skip_log.report(count(trainer.train_dataset)) if trainer.is_world_process_zero() else None
     if report:
@@ -82,7 +81,16 @@ def make_trainer(recipe: Recipe, model, processor, skip_log: SkipLog) -> MqtLlav
         eval_dataset=eval_dataset,
         data_collator=ConversationCollator(processor, data.max_length, data.chat_template),
         processing_class=processor,
+        callbacks=[EvaluateAtTheEnd()] if eval_dataset is not None else [],
     )
+
+
+class EvaluateAtTheEnd(TrainerCallback):
+    """The last step is evaluated whatever the strategy, while the loggers still listen."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Asks for it."""
+        control.should_evaluate = control.should_evaluate or state.global_step >= state.max_steps
 
 
 def prepare_folder(recipe: Recipe) -> str | None:
