@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_helpers import conversations, picture, tiny_processor, write_llava
+from training_helpers import conversations, logged, picture, tiny_processor, trainer, write_llava
 
 from mqt_llava.training import data as data_module
 from mqt_llava.training.conversations import BadRecord, ConversationEncoder
@@ -180,6 +180,16 @@ def test_the_order_by_length_is_another_in_each_epoch():
     assert first == list(ByLengthAndModality(np.arange(1, 65), 4, seed=1))
     sampler.set_epoch(1)
     assert first != list(sampler)
+
+
+def test_a_run_by_length_is_resumed_in_the_same_order(tmp_path, encode):
+    dataset = ConversationDataset([Source("a", [*conversations(6), *conversations(4, images=0)])], encode)
+    settings = {"examples": dataset, "group_by_modality_length": True, "max_steps": 8, "save_steps": 6}
+    whole = trainer(tmp_path, save_strategy="steps", **settings)
+    whole.train()
+    again = trainer(tmp_path, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert logged(again, "loss") == logged(whole, "loss")
 
 
 def columns():

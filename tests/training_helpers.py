@@ -135,7 +135,7 @@ def trainer(folder, model=None, examples=None, **changes):
         tiny_model() if model is None else model,
         arguments(folder, **changes),
         train_dataset=examples,
-        eval_dataset=examples[:5],
+        eval_dataset=[examples[i] for i in range(5)],
         data_collator=ConversationCollator(processor),
         processing_class=processor,
     )
