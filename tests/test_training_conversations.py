@@ -53,7 +53,7 @@ def test_loss_is_on_answers_and_their_end_token_alone():
     processor = tiny_processor()
     row = ConversationEncoder(processor)(conversation(3))
     learned = row["labels"][row["labels"] != -100]
-    assert processor.tokenizer.decode(learned).replace(" ", "").replace("Ġ", " ").strip() == "It is 3.</s>"
+    assert processor.tokenizer.decode(learned) == " It is 3.</s>"
 
 
 def test_several_answers_are_all_learned():

@@ -86,6 +86,11 @@ def test_images_of_messages_that_name_none_come_before_the_first_question():
     assert [part["type"] for part in content] == ["image", "image", "text"]
 
 
+def test_messages_may_have_one_image_by_itself():
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A."}]
+    assert conversation_of({"messages": turns, "image": "a"}) == conversation_of({"messages": turns, "images": ["a"]})
+
+
 def test_a_missing_image_is_bad(tmp_path):
     with pytest.raises(BadRecord, match="image_folder"):
         open_image("nowhere.png", str(tmp_path))

@@ -39,6 +39,15 @@ def alone(tmp_path_factory):
     return launch("ddp", tmp_path_factory.mktemp("alone") / "run", 1)
 
 
+@pytest.mark.slow
+def test_two_ranks_agree_with_one_on_several_budgets_a_step(tmp_path):
+    found, weights = launch("several", tmp_path / "two", 2)
+    expected, expected_weights = launch("several", tmp_path / "one", 1)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    for name, value in expected_weights.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_ranks_give_the_losses_and_weights_of_one(tmp_path, alone, kind):
     """Rows with images on one rank and without on the other are among the batches."""

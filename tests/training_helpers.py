@@ -1,42 +1,19 @@
-"""Tiny models, tokenizers, pictures and data sets for the tests of training, built in code."""
+"""Tiny models, pictures and data sets for the tests of training, built in code."""
 
 import json
 
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from mqt_llava import MqtLlavaConfig, MqtLlavaForConditionalGeneration, MqtLlavaProcessor
+from mqt_llava import MqtLlavaConfig, MqtLlavaForConditionalGeneration
 from mqt_llava.training.arguments import MqtLlavaTrainingArguments
 from mqt_llava.training.conversations import ConversationCollator
+from mqt_llava.training.tiny import tiny_processor
 from mqt_llava.training.trainer import MqtLlavaTrainer
 
 
 SIZE, M = 24, 16
-SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-
-
-def tiny_processor(**changes):
-    """Every byte is a token, so that any text can be read and every token has its place in it."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(SPECIAL + alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=["<image>"],
-    )
-    images = LlavaImageProcessorPil(
-        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, do_pad=True
-    )
-    return MqtLlavaProcessor(images, tokenizer, **{"max_visual_tokens": M, **changes})
 
 
 def tiny_model(seed=0, **changes):
@@ -57,7 +34,7 @@ def tiny_model(seed=0, **changes):
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "vocab_size": len(SPECIAL) + 256,
+        "vocab_size": len(tiny_processor().tokenizer),
         "max_position_embeddings": 1024,
         "pad_token_id": 0,
         "bos_token_id": 1,

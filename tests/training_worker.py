@@ -42,7 +42,7 @@ def main():
         folder,
         model=model,
         examples=examples,
-        draw="uniform_all",
+        draw="sandwich" if kind == "several" else "uniform_all",
         optim="sgd",
         learning_rate=0.1,
         train_sampling_strategy="sequential",

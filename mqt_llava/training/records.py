@@ -29,7 +29,8 @@ def conversation_of(record: Mapping[str, Any]) -> dict[str, Any]:
     A record of either format as `messages` (contents are lists of parts) and `images`.
 
     LLaVA: `conversations` of `from` and `value`, with `image` a path or a list of them. The image is moved before the
-    text of its turn, as the authors do (`preprocess_multimodal` in their `train.py`). Else: `messages` and `images`.
+    text of its turn, as the authors do (`preprocess_multimodal` in their `train.py`). Else: `messages`,
+    and `images` or `image`.
 
     Raises:
         BadRecord: for an unknown role, an empty answer, no answer at all, or another number of `<image>` than images.
@@ -41,7 +42,8 @@ def conversation_of(record: Mapping[str, Any]) -> dict[str, Any]:
         images = [] if images is None else images if isinstance(images, list) else [images]
         pairs = [(turn.get("from"), turn.get("value")) for turn in turns or []]
     elif "messages" in record:
-        images = list(record.get("images") or [])
+        image = record.get("image")
+        images = list(record.get("images") or ([] if image is None else [image]))
         pairs = [(turn.get("role"), turn.get("content")) for turn in record["messages"] or []]
     else:
         raise BadRecord("no conversation", f"neither `conversations` nor `messages` among {sorted(record)}")
