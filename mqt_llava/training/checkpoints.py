@@ -49,15 +49,15 @@ class StagedCheckpoints(Trainer):
         run_dir = super()._get_output_dir(trial)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         staged, final = os.path.join(run_dir, STAGING, name), os.path.join(run_dir, name)
-        if self.is_local_process_zero():
+        if self.args.should_save:
             shutil.rmtree(os.path.join(run_dir, STAGING), ignore_errors=True)
         wait_for_all()
         with self._staged(), clear_disk_errors(staged):
             super()._save_checkpoint(model, trial)
+            self._name_best(staged, final)
         wait_for_all()
-        if self.is_local_process_zero():
+        if self.args.should_save:
             with clear_disk_errors(staged):
-                self._name_best(staged, final)
                 publish(staged, final)
         wait_for_all()
         if self.args.push_to_hub:
@@ -88,22 +88,14 @@ def wait_for_all() -> None:
 
 
 def publish(staged: str, final: str) -> None:
-    """
-    Gives a finished folder its name. On file systems that the nodes share, the first node's process does it for all.
-    """
-    if not os.path.isdir(staged) and os.path.isdir(final):
-        return
+    """Brings a finished folder to disk and gives it its name."""
     for path in Path(staged).rglob("*"):
         if path.is_file():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
     if os.path.isdir(final):  # of a run that was resumed from further back
         os.replace(final, os.path.join(os.path.dirname(staged), "replaced"))
-    try:
-        os.rename(staged, final)
-    except FileNotFoundError:
-        if not os.path.isdir(final):
-            raise
+    os.rename(staged, final)
     descriptor = os.open(os.path.dirname(final), os.O_RDONLY)
     try:
         os.fsync(descriptor)
