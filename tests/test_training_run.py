@@ -21,9 +21,9 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from mqt_llava import MqtLlavaForConditionalGeneration, MqtLlavaProcessor
 from mqt_llava.cli import main
-from mqt_llava.training.models import merge_adapters
+from mqt_llava.training.models import merge_adapters, quantization_config
 from mqt_llava.training.plots import budget_curves
-from mqt_llava.training.recipe import load_recipe
+from mqt_llava.training.recipe import ModelArguments, load_recipe
 from mqt_llava.training.run import train
 from mqt_llava.training.tiny import TinyRecords
 
@@ -131,7 +131,13 @@ def test_merging_a_folder_without_adapters_raises(tmp_path):
         merge_adapters(str(tmp_path), str(tmp_path / "out"))
 
 
-def test_quantized_weights_need_bitsandbytes(tmp_path):
+def test_quantized_weights_without_bitsandbytes_raise(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs bitsandbytes"):
+        quantization_config(ModelArguments(quantization="4bit"))
+
+
+def test_adapters_learn_on_quantized_weights(tmp_path):
     pytest.importorskip("bitsandbytes")
     train(load_recipe(TINY, words(tmp_path / "base")[1:]))
     more = ["--model_name_or_path", str(tmp_path / "base"), "--lora", "--quantization", "4bit", "--max_steps", "1"]

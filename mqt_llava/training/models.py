@@ -3,6 +3,7 @@ Which model is trained and which of its parts learn: loaded, or new from a tower
 adapters, or with adapters on quantized weights.
 """
 
+import importlib.util
 import json
 import os
 from dataclasses import replace
@@ -188,7 +189,14 @@ def linear_layers_of(module: nn.Module, prefix: str) -> list[str]:
 
 
 def quantization_config(arguments: ModelArguments) -> BitsAndBytesConfig:
-    """4-bit NormalFloat with double quantization (QLoRA, arXiv 2305.14314) or 8-bit, of the language model alone."""
+    """
+    4-bit NormalFloat with double quantization (QLoRA, arXiv 2305.14314) or 8-bit, of the language model alone.
+
+    Raises:
+        ValueError: if bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("`quantization` needs bitsandbytes. Install it with `pip install 'mqt-llava[qlora]'`.")
     if arguments.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=MODULES_NOT_TO_QUANTIZE)
     return BitsAndBytesConfig(
