@@ -101,6 +101,15 @@ def test_evaluation_at_each_budget_is_the_loss_of_prompts_at_that_budget(tmp_pat
     assert metrics["eval_loss"] == pytest.approx(sum(metrics[f"eval_loss@{m}"] for m in (1, 5, M)) / 3)
 
 
+def test_prediction_without_labels_gives_logits(tmp_path):
+    ours = trainer(tmp_path, eval_budgets=[1])
+    batch = ConversationCollator(tiny_processor())(conversations(3))
+    labels = batch.pop("labels")
+    loss, logits, _ = ours.prediction_step(ours.model, batch, prediction_loss_only=False)
+    assert loss is None
+    assert logits[0].shape[:2] == labels.shape
+
+
 def test_the_tower_runs_once_for_all_evaluation_budgets(tmp_path):
     ours = trainer(tmp_path, eval_budgets=[1, 2, 4, 8, M])
     calls = []

@@ -132,7 +132,7 @@ class MqtLlavaTrainer(ElasticTrainerMixin, StagedCheckpoints):
         With `eval_budgets`: the mean loss, `(B, K)` sums of losses and `(B, 1)` numbers of labels. The tower and the
         query transformer run once; the budgets share their visual tokens.
         """
-        if not self.eval_budgets:
+        if not self.eval_budgets or inputs.get("labels") is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(self.with_some_image(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
