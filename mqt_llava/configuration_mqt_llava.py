@@ -1,5 +1,6 @@
 """What may differ between two MQT-LLaVA checkpoints, and the one rule for how many visual tokens may be asked for."""
 
+import importlib
 import math
 import operator
 from collections.abc import Iterable
@@ -10,8 +11,12 @@ from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
 
-# A 256 x 256 grid of queries is far beyond any vision tower's patches; larger numbers in a config are typos or attacks.
+# A 256 x 256 grid of queries is far beyond any vision tower's patches; larger numbers in a config are typos or
+# attacks.
 LARGEST_MAX_VISUAL_TOKENS = 65536
+
+# `model_type` in checkpoints of the authors' code (`LlavaConfig` in `language_model/llava_llama.py`).
+RELEASED_MODEL_TYPE = "llava_llama"
 
 # What a text model may do to its logits after the head, and the value that does nothing. The head here is one plain
 # linear layer, so any other value is refused. Names as they stand in the text configs of Transformers.
@@ -31,6 +36,25 @@ PLAIN_HEAD_VALUES: dict[str, tuple] = {
 MODEL_TYPES_WITHOUT_PLAIN_HEAD = frozenset(
     ("codegen", "ctrl", "electra", "git", "gptj", "musicgen", "musicgen_melody", "phi", "prophetnet", "xlm", "xlnet")
 )
+
+
+# Larger than in any model; what lies outside is a typo or an attack, and would exhaust the machine before any weight
+# is read.
+LARGEST_SIZES = {
+    "num_hidden_layers": 2**10,
+    "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12,
+    "head_dim": 2**14,
+    "hidden_size": 2**17,
+    "intermediate_size": 2**20,
+    "max_position_embeddings": 2**31,
+    "vocab_size": 2**24,
+    "image_size": 2**14,
+    "patch_size": 2**14,
+}
+
+# Arguments of `from_pretrained` that say which files of the Hub are meant.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def _square_number(maximum: int) -> None:
@@ -62,8 +86,8 @@ class MqtLlavaConfig(PreTrainedConfig):
         text_config (`dict` or `PreTrainedConfig`, *optional*, defaults to `LlamaConfig()`):
             The language model. Its head must be one plain linear layer (no bias, logit scaling or soft-capping).
         image_token_index (`int`, *optional*, defaults to 32000):
-            Id of the `<image>` placeholder; `image_token_id` is another name for it. It may lie outside the vocabulary,
-            since no embedding is ever looked up for it.
+            Id of the `<image>` placeholder; `image_token_id` is another name for it. It may lie outside the
+            vocabulary, since no embedding is ever looked up for it.
         max_visual_tokens (`int`, *optional*, defaults to 256):
             M: the number of learned queries, and so the most visual tokens that an image can have. A perfect square:
             the queries start on the cells of a `sqrt(M)` x `sqrt(M)` grid. Fixed by the checkpoint.
@@ -123,8 +147,29 @@ class MqtLlavaConfig(PreTrainedConfig):
     query_init: Literal["authors", "local"] = "authors"
     tie_word_embeddings: bool = False
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """
+        [`~transformers.PreTrainedConfig.from_dict`], for configs of this model only: another model's fields would be
+        taken over without a word, and the defaults kept where they should not be.
+
+        Raises:
+            ValueError: if the dictionary is of another model type.
+        """
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"`model_type` must be {cls.model_type!r}, got {model_type!r}. Checkpoints of the authors' code "
+                f"({RELEASED_MODEL_TYPE!r}) are read by `MqtLlavaForConditionalGeneration.from_pretrained` and by "
+                "`mqt-llava convert`."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
+        try:
+            super().__post_init__(**kwargs)
+        except ZeroDivisionError as error:  # other config classes divide by heads and patches without a look
+            raise ValueError("`vision_config` and `text_config` must be of positive sizes, got a 0.") from error
         # Text configs carry their own flag; the composite model has to follow it (as LlavaConfig does).
         self.tie_word_embeddings = self.tie_word_embeddings or bool(
             getattr(self.text_config, "tie_word_embeddings", False)
@@ -142,6 +187,13 @@ class MqtLlavaConfig(PreTrainedConfig):
         if self.vision_feature_select_strategy == "full":
             return 0
         return 1 + (getattr(self.vision_config, "num_register_tokens", 0) or 0)
+
+    def validate_sizes(self):
+        """Tower and language model have sizes that a machine can hold."""
+        for name in ("vision_config", "text_config"):
+            config = getattr(self, name)
+            sizes = {size: vars(config).get(config.attribute_map.get(size, size)) for size in LARGEST_SIZES}
+            check_sizes(sizes, name)
 
     def validate_query_heads(self):
         """The tower's width can carry the queries: heads divide it, and so do the 4 parts of the position table."""
@@ -203,6 +255,58 @@ class MqtLlavaConfig(PreTrainedConfig):
                 )
         if text.model_type == "ernie4_5_moe" and text.use_bias:
             raise ValueError("`text_config.use_bias` must be False because the head is a plain linear layer, got True.")
+
+
+def installed(module: str) -> Any:
+    """
+    A module of the installed package that does not travel to the Hub with this one, and so is found by name.
+
+    Raises:
+        ImportError: if the package is not installed, and this file came from the Hub alone.
+    """
+    try:
+        return importlib.import_module(f"mqt_llava.{module}")
+    except ModuleNotFoundError as error:
+        raise ImportError("This needs the package `mqt_llava`, which is more than the code in a repository.") from error
+
+
+def check_sizes(config: dict[str, Any], name: str) -> None:
+    """
+    The sizes in a config are of a model that a machine can hold. Those that are not there are not looked at.
+
+    Args:
+        config (`dict`): of a vision tower or a language model.
+        name (`str`): what to call it.
+
+    Raises:
+        ValueError: naming the size, its range and the value.
+    """
+    for size, largest in LARGEST_SIZES.items():
+        value = config.get(size)
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            if one is not None and (isinstance(one, bool) or not isinstance(one, int) or not 1 <= one <= largest):
+                raise ValueError(f"`{name}.{size}` must be a whole number between 1 and {largest}, got {one!r}.")
+
+
+def released_config(pretrained_model_name_or_path: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """
+    The config.json of a checkpoint of the authors' code, `None` for any other folder or Hub id.
+
+    Args:
+        pretrained_model_name_or_path: as for `from_pretrained`.
+        kwargs (`dict`): its arguments, of which those about the Hub are used.
+    """
+    if pretrained_model_name_or_path is None:
+        return None
+    hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+    try:
+        config_dict, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
+        model_type = config_dict.get("model_type")
+    except (OSError, ValueError):
+        return None  # no config there, as with a lone adapter; what is wrong with it is for the caller to say
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"The config.json of `{pretrained_model_name_or_path}` must hold a JSON object.") from error
+    return config_dict if model_type == RELEASED_MODEL_TYPE else None
 
 
 def check_num_visual_tokens(value: Any, num_images: int, max_visual_tokens: int) -> list[int]:

@@ -1,12 +1,17 @@
 """
 MQT-LLaVA: pixels and token ids in, logits out; `generate(num_visual_tokens=m)` at any budget.
 
-Axes: B prompts, S prompt length, I images, N patches (24 * 24 = 576), M learned queries (256), m <= M tokens kept of an
-image, C vision width (1024), D language width (4096). Numbers in brackets are those of the released 7B model.
+Axes: B prompts, S prompt length, I images, N patches (24 * 24 = 576), M learned queries (256), m <= M tokens kept of
+an image, C vision width (1024), D language width (4096). Numbers in brackets are those of the released 7B model.
 """
 
 import copy
+import functools
+import glob
+import json
 import math
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,15 +30,16 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from .configuration_mqt_llava import MqtLlavaConfig, check_num_visual_tokens
+from .configuration_mqt_llava import MqtLlavaConfig, check_num_visual_tokens, installed, released_config
 
 
 # Scale of the shared orthogonal start of the query and key projections under `query_init="local"`: sharp enough that a
 # query reads its own place and little else.
 LOCAL_INIT_SCALE = 6.0
 
-# Give these to a quantization config (`llm_int8_skip_modules` of bitsandbytes, `modules_to_not_convert` elsewhere): the
-# query transformer holds bare parameters beside its linear layers, and the tower is small beside the language model.
+# Give these to a quantization config (`llm_int8_skip_modules` of bitsandbytes, `modules_to_not_convert` elsewhere):
+# the query transformer holds bare parameters beside its linear layers, and the tower is small beside the language
+# model.
 MODULES_NOT_TO_QUANTIZE = ["vision_tower", "query_transformer", "lm_head"]
 
 # Parts of a vision tower that come after its layers. No hidden state passes through them, so they are taken out.
@@ -163,8 +169,8 @@ class MqtLlavaCrossAttention(nn.Module):
 def init_query_transformer(module: MqtLlavaQueryTransformer) -> None:
     """
     Starting values as released: queries truncated normal 0.02, `proj` normal `D ** -0.5`, the packed query-key-value
-    matrix Xavier-uniform as `nn.MultiheadAttention` draws it (over `3 C` outputs, so narrower than for one matrix), all
-    other linear layers truncated normal 0.02. Then `query_init="local"` moves the queries to their places.
+    matrix Xavier-uniform as `nn.MultiheadAttention` draws it (over `3 C` outputs, so narrower than for one matrix),
+    all other linear layers truncated normal 0.02. Then `query_init="local"` moves the queries to their places.
     """
     attn, width = module.attn, module.width
     init.copy_(module.pos_embed, module.fresh_pos_embed())
@@ -386,7 +392,7 @@ class MqtLlavaModel(MqtLlavaPreTrainedModel):
         super().__init__(config)
         config.validate()  # values may have been changed since it was built
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        _cut_above_selected_layer(self.vision_tower, config)
+        self.weights_above_selected_layer = cut_above_selected_layer(self.vision_tower, config)
         self.language_model = AutoModel.from_config(config.text_config)
         # The width of the embeddings, not `hidden_size`: some OPT models embed narrower than they compute.
         self.query_transformer = MqtLlavaQueryTransformer(
@@ -413,7 +419,8 @@ class MqtLlavaModel(MqtLlavaPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         """
-        Visual tokens of images, to be placed in prompts or given to `generate(mm_encoder_outputs=...)` at many budgets.
+        Visual tokens of images, to be placed in prompts or given to `generate(mm_encoder_outputs=...)` at many
+        budgets.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(I, 3, H, W)`): from the processor.
@@ -421,8 +428,8 @@ class MqtLlavaModel(MqtLlavaPreTrainedModel):
                 Tokens to keep of each image.
 
         Returns:
-            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `pooler_output` is a list with one `(m_i, D)`
-            tensor per image, `last_hidden_state` the `(I, N, C)` patch features behind them.
+            [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `pooler_output` is a list with one `(m_i,
+            D)` tensor per image, `last_hidden_state` the `(I, N, C)` patch features behind them.
 
         Raises:
             ValueError: if a count is not between 1 and M, or there is not one per image.
@@ -559,17 +566,66 @@ def check_no_placeholders(is_image: torch.Tensor) -> None:
             )
 
 
-def _cut_above_selected_layer(tower: PreTrainedModel, config: MqtLlavaConfig) -> None:
+def cut_above_selected_layer(tower: PreTrainedModel, config: MqtLlavaConfig) -> list[str]:
     """
     Takes out what lies above the hidden state that is read: no compute, no memory, no parameters without a gradient.
-    The tower's config keeps describing the whole tower, since that is what checkpoints name it by.
+    The tower's config keeps describing the whole tower, since that is what checkpoints name it by. Returns the names
+    of the weights that are gone.
     """
+    whole = tower.state_dict().keys()
     for module in tower.modules():
         if isinstance(module, nn.ModuleList) and len(module) == config.vision_config.num_hidden_layers:
             del module[config.num_vision_layers :]
     for name in PARTS_ABOVE_THE_LAYERS:
         if isinstance(getattr(tower, name, None), nn.Module):
             setattr(tower, name, nn.Identity())
+    left = tower.state_dict().keys()
+    return [name for name in whole if name not in left]
+
+
+def check_index_stays_inside(folder) -> None:
+    """
+    The index of a local sharded checkpoint names files of its own folder only. (The Hub client sees to its own cache.)
+
+    Raises:
+        ValueError: naming the file that lies elsewhere.
+    """
+    if folder is None or not os.path.isdir(folder):
+        return
+    for index in glob.glob(os.path.join(glob.escape(os.fspath(folder)), "*.index.json")):
+        with open(index, encoding="utf-8") as file:
+            shards = set(json.load(file).get("weight_map", {}).values())
+        for shard in shards:
+            if os.path.basename(shard) != shard or "\\" in shard:
+                raise ValueError(f"`{index}` names the file {shard!r}, which is not in its own folder: refused.")
+
+
+def refuse_half_loaded(loading_info: dict) -> None:
+    """
+    A checkpoint fills the model exactly.
+
+    Args:
+        loading_info (`dict`): `missing_keys`, `unexpected_keys` and `mismatched_keys`, as `from_pretrained` reports
+            them.
+
+    Raises:
+        ValueError: listing the keys that say otherwise.
+    """
+    mismatched = [
+        f"{name} (is {tuple(found)}, must be {tuple(expected)})"
+        for name, found, expected in loading_info["mismatched_keys"]
+    ]
+    problems = {
+        "missing": sorted(loading_info["missing_keys"]),
+        "unexpected": sorted(loading_info["unexpected_keys"]),
+        "of the wrong shape": sorted(mismatched),
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{what}: {', '.join(names)}" for what, names in problems.items() if names)
+        raise ValueError(
+            f"The checkpoint does not fit the model, so nothing was loaded. Weights {listed}. Use the config that the "
+            "weights were saved with, or convert the checkpoint anew."
+        )
 
 
 class MqtLlavaForConditionalGeneration(MqtLlavaPreTrainedModel, GenerationMixin):
@@ -593,6 +649,11 @@ class MqtLlavaForConditionalGeneration(MqtLlavaPreTrainedModel, GenerationMixin)
         # Text models name their embeddings differently, and a tied head must find them.
         name = next(name for name, module in self.model.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"model.{name}.weight"}
+        # Checkpoints of others hold the whole tower. Exactly these weights of theirs have no place here.
+        self._keys_to_ignore_on_load_unexpected = {
+            rf"^model\.vision_tower\.(vision_model\.)?{re.escape(name)}$"
+            for name in self.model.weights_above_selected_layer
+        }
         self.lm_head = nn.Linear(embeddings.weight.shape[1], embeddings.weight.shape[0], bias=False)
         self.post_init()
 
@@ -661,6 +722,56 @@ class MqtLlavaForConditionalGeneration(MqtLlavaPreTrainedModel, GenerationMixin)
             image_hidden_states=outputs.image_hidden_states,
         )
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, vision_tower=None, **kwargs):
+        """
+        [`~transformers.PreTrainedModel.from_pretrained`], which also reads checkpoints of the authors' code.
+
+        Args:
+            pretrained_model_name_or_path (`str`): folder or Hub id, in this project's layout or the authors'.
+            vision_tower (`str`, *optional*): folder or Hub id of the CLIP, for a checkpoint of the authors that holds
+                no
+                tower and whose config does not name it.
+            kwargs: everything else that `from_pretrained` takes.
+
+        Raises:
+            ValueError: if a weight is missing, unexpected or of the wrong shape (unless `ignore_mismatched_sizes` is
+                set).
+                All of them are listed, and nothing half-loaded is returned.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        # Mismatches are reported with the rest, rather than as a bare error.
+        ignore_mismatches = kwargs.pop("ignore_mismatched_sizes", False)
+        check_index_stays_inside(pretrained_model_name_or_path)
+        load = functools.partial(super().from_pretrained, output_loading_info=True, ignore_mismatched_sizes=True)
+        if kwargs.get("config") is None and released_config(pretrained_model_name_or_path, kwargs) is not None:
+            foreign = installed("conversion.load")
+            model, info = foreign.load_released_model(load, pretrained_model_name_or_path, vision_tower, kwargs)
+        elif vision_tower is not None:
+            raise ValueError("`vision_tower` is for checkpoints of the authors' code; this one has its own tower.")
+        else:
+            model, info = load(pretrained_model_name_or_path, *args, **kwargs)
+        if not ignore_mismatches:
+            refuse_half_loaded(info)
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def from_components(cls, vision, language, max_visual_tokens: int = 256, **kwargs):
+        """
+        A new model and its processor, from any pretrained vision tower and language model.
+
+        Args:
+            vision (`str` or `PreTrainedModel`): folder, Hub id or the tower itself.
+            language (`str` or `PreTrainedModel`): folder, Hub id or the causal language model itself.
+            max_visual_tokens (`int`, *optional*, defaults to 256): M, a perfect square.
+            kwargs: `tokenizer`, `chat_template`, `dtype`, and any other field of [`MqtLlavaConfig`].
+
+        Returns:
+            [`MqtLlavaForConditionalGeneration`] and [`MqtLlavaProcessor`].
+        """
+        components = installed("conversion.components")
+        return components.from_components(vision, language, max_visual_tokens=max_visual_tokens, **kwargs)
+
     def save_pretrained(self, *args, **kwargs) -> None:
         """
         [`~transformers.PreTrainedModel.save_pretrained`] in this project's own layout, with the default budget kept: a
@@ -668,8 +779,24 @@ class MqtLlavaForConditionalGeneration(MqtLlavaPreTrainedModel, GenerationMixin)
         """
         if getattr(self.generation_config, "num_visual_tokens", None) is not None:
             self.generation_config._from_model_config = False
-        kwargs.setdefault("save_original_format", False)
-        super().save_pretrained(*args, **kwargs)
+        if kwargs.pop("save_original_format", False):
+            raise ValueError("`save_original_format` must be False: only this project's own layout is written.")
+        super().save_pretrained(*args, save_original_format=False, **kwargs)
+
+    def push_to_hub(self, repo_id: str, *, include_code: bool = False, processor=None, **kwargs) -> str:
+        """
+        [`~transformers.utils.PushToHubMixin.push_to_hub`], with a model card and, on request, the code.
+
+        Args:
+            repo_id (`str`): Hub id, created if it does not exist.
+            include_code (`bool`, *optional*, defaults to `False`):
+                Upload the code too, so that `trust_remote_code=True` loads the model without this package.
+            processor ([`MqtLlavaProcessor`], *optional*): uploaded in the same commit.
+            kwargs: `private`, `token`, `revision`, `create_pr`, `commit_message`, `max_shard_size`; and for the card
+                `base_model`, `datasets`, `license`, `evaluation`.
+        """
+        parts = [self] if processor is None else [self, processor]
+        return installed("hub").push_to_hub(parts, repo_id, include_code=include_code, **kwargs)
 
     @torch.no_grad()
     def generate(

@@ -6,7 +6,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
-from .configuration_mqt_llava import check_num_visual_tokens
+from .configuration_mqt_llava import LARGEST_MAX_VISUAL_TOKENS, check_num_visual_tokens, installed, released_config
 
 
 # The conversation format that released checkpoints were tuned on (`conv_vicuna_v1` in `conversation.py` of the authors'
@@ -35,6 +35,24 @@ The assistant gives helpful, detailed, and polite answers to the user's question
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}
+"""
+
+# What the first training stage sees (`preprocess_plain` in `train/train.py` of the authors' code): an image and its
+# caption. What the user asked is left out.
+PLAIN_CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message.role == 'user' -%}
+{{ '<image>' }}
+{%- elif message.role == 'assistant' -%}
+{%- generation -%}
+{%- if message.content is string -%}{{ message.content }}
+{%- else -%}
+{%- for part in message.content if part.type == 'text' -%}{{ part.text }}{%- endfor -%}
+{%- endif -%}
+{{ '\\n' }}
+{%- endgeneration -%}
+{%- endif -%}
+{%- endfor -%}
 """
 
 
@@ -90,6 +108,10 @@ class MqtLlavaProcessor(ProcessorMixin):
                 f"`tokenizer` must know the image token {self.image_token!r}. Add it with "
                 f"`tokenizer.add_tokens([{self.image_token!r}], special_tokens=True)`."
             )
+        if isinstance(max_visual_tokens, bool) or not 1 <= max_visual_tokens <= LARGEST_MAX_VISUAL_TOKENS:
+            raise ValueError(
+                f"`max_visual_tokens` must be between 1 and {LARGEST_MAX_VISUAL_TOKENS}, got {max_visual_tokens}."
+            )
         if num_visual_tokens is not None:
             check_num_visual_tokens(num_visual_tokens, 1, max_visual_tokens)
         self.max_visual_tokens = max_visual_tokens
@@ -131,6 +153,71 @@ class MqtLlavaProcessor(ProcessorMixin):
             num_visual_tokens = default if num_visual_tokens is None else num_visual_tokens
         return check_num_visual_tokens(num_visual_tokens, num_images, self.max_visual_tokens)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, vision_tower=None, **kwargs):
+        """
+        [`~transformers.ProcessorMixin.from_pretrained`], which also reads checkpoints of the authors' code.
+
+        Args:
+            pretrained_model_name_or_path (`str`): folder or Hub id, in this project's layout or the authors'.
+            vision_tower (`str`, *optional*): as for the model's `from_pretrained`.
+            kwargs: everything else that `from_pretrained` takes.
+        """
+        if released_config(pretrained_model_name_or_path, kwargs) is None:
+            if vision_tower is not None:
+                raise ValueError("`vision_tower` is for checkpoints of the authors' code; this one has its own tower.")
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        foreign = installed("conversion.load")
+        return foreign.load_released_processor(pretrained_model_name_or_path, vision_tower, **kwargs)
+
+    def push_to_hub(self, repo_id: str, *, include_code: bool = False, **kwargs) -> str:
+        """As the model's `push_to_hub`, for the processor alone."""
+        return installed("hub").push_to_hub([self], repo_id, include_code=include_code, **kwargs)
+
+    def get_text_with_replacements(self, text, images_replacements=(), *args, **kwargs):
+        """
+        Texts with their placeholders, and where these are. Sentencepiece tokenizers (Llama's) put a space in front of a
+        text; released checkpoints were trained with the text after an image as a text of its own. Where the tokenizer
+        would not do so by itself, the space is put in here, and marked in the offsets.
+        """
+        text, offsets = super().get_text_with_replacements(text, list(images_replacements), *args, **kwargs)
+        scheme = metaspace_scheme(self.tokenizer)
+        if scheme in ("first", "always"):
+            for row, (prompt, replaced) in enumerate(zip(text, offsets)):
+                text[row] = self._with_leading_spaces(prompt, replaced, scheme)
+        return text, offsets
+
+    def _with_leading_spaces(self, prompt: str, replaced: list[dict], scheme: str) -> str:
+        """The prompt with a space where a piece of text begins and the tokenizer adds none; `replaced` moves along."""
+        no_text = (self.image_token, *self.tokenizer.all_special_tokens)
+        pieces, last = [], 0
+        starts = [(0, None), *((offset["new_span"][1], offset) for offset in replaced)]
+        shifts = 0
+        for start, offset in starts:
+            if offset is not None:
+                offset["new_span"] = tuple(place + shifts for place in offset["new_span"])
+            pieces.append(prompt[last:start])
+            last = start
+            by_itself = offset is None or scheme == "always"  # but not before another space
+            begins_text = start < len(prompt) and not prompt.startswith(no_text, start)
+            if begins_text and (not by_itself or prompt[start] in " \u2581"):
+                pieces.append(" ")
+                shifts += 1
+                if offset is None:
+                    replaced.insert(0, {"type": "text", "span": (0, 0), "new_span": (0, 1), "replacement": " "})
+                else:
+                    offset["space_after"] = True
+        return "".join([*pieces, prompt[last:]])
+
+    def _adjust_assistant_masks_indices(self, processed_dict, generation_indices):
+        """An answer right after an image owns the space between the two, as any other token of its text."""
+        for offsets in processed_dict.get("text_replacement_offsets") or []:
+            for place, offset in reversed(list(enumerate(offsets))):
+                if offset.get("space_after"):
+                    end, new_end = offset["span"][1], offset["new_span"][1]
+                    offsets.insert(place + 1, {"span": (end, end + 1), "new_span": (new_end, new_end + 2)})
+        return super()._adjust_assistant_masks_indices(processed_dict, generation_indices)
+
     def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs) -> MultiModalData:
         """Placeholders and tiles per image, for serving engines: the budget, whatever the size."""
         if image_sizes is None:
@@ -140,6 +227,15 @@ class MqtLlavaProcessor(ProcessorMixin):
             num_image_tokens=self._counts(num_visual_tokens, len(image_sizes)),
             num_image_patches=[1] * len(image_sizes),
         )
+
+
+def metaspace_scheme(tokenizer) -> str | None:
+    """
+    When a sentencepiece-like tokenizer puts a space in front of text: `"first"` (at the start of a prompt), `"always"`
+    (after special tokens too), `"never"`; `None` for other tokenizers, and those whose normalizer does it.
+    """
+    pre_tokenizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "pre_tokenizer", None)
+    return getattr(pre_tokenizer, "prepend_scheme", None)
 
 
 def upright_rgb(image):

@@ -21,7 +21,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from mqt_llava import MqtLlavaForConditionalGeneration, MqtLlavaProcessor
 from mqt_llava.cli import main
-from mqt_llava.training.models import merge_adapters, quantization_config
+from mqt_llava.training.models import quantization_config
 from mqt_llava.training.plots import budget_curves
 from mqt_llava.training.recipe import ModelArguments, load_recipe
 from mqt_llava.training.run import train
@@ -124,11 +124,6 @@ def test_tensorboard_gets_the_loss_at_each_budget(tmp_path):
     (events,) = tmp_path.rglob("events.out.tfevents*")
     found = EventAccumulator(str(events.parent)).Reload().Tags()["scalars"]
     assert {"eval/loss@16", "train/num_visual_tokens", "train/tokens_per_second"} <= set(found)
-
-
-def test_merging_a_folder_without_adapters_raises(tmp_path):
-    with pytest.raises(ValueError, match=r"adapter_config\.json"):
-        merge_adapters(str(tmp_path), str(tmp_path / "out"))
 
 
 def test_quantized_weights_without_bitsandbytes_raise(monkeypatch):

@@ -12,7 +12,6 @@ _MODULE_OF = {
     "MqtLlavaTrainingArguments": "arguments",
     "Recipe": "recipe",
     "load_recipe": "recipe",
-    "merge_adapters": "models",
     "parse_draw": "draws",
     "train": "run",
 }

@@ -4,7 +4,6 @@ adapters, or with adapters on quantized weights.
 """
 
 import importlib.util
-import json
 import os
 from dataclasses import replace
 
@@ -221,25 +220,3 @@ def save_base(model, processor, folder: str) -> None:
     state.wait_for_everyone()
     model.name_or_path = folder
     model.config._name_or_path = folder
-
-
-def merge_adapters(adapter: str, output_dir: str) -> None:
-    """
-    Writes the model with its adapters merged into the weights, with the processor: an ordinary checkpoint.
-
-    Raises:
-        ValueError: if `adapter` holds none.
-    """
-    from peft import PeftModel
-
-    path = os.path.join(adapter, "adapter_config.json")
-    if not os.path.isfile(path):
-        raise ValueError(
-            f"`adapter` must be a folder with adapter_config.json, got {adapter!r}. Train one with `--lora`."
-        )
-    with open(path) as file:
-        base = json.load(file)["base_model_name_or_path"]
-    model = MqtLlavaForConditionalGeneration.from_pretrained(base)
-    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    merged.save_pretrained(output_dir)
-    MqtLlavaProcessor.from_pretrained(adapter).save_pretrained(output_dir)
