@@ -266,7 +266,7 @@ def test_the_result_is_pushed_when_asked_for(tmp_path, monkeypatch):
 
     pushed = []
     monkeypatch.setattr(MqtLlavaTrainer, "init_hf_repo", lambda self, **kwargs: None)
-    monkeypatch.setattr(MqtLlavaTrainer, "push_to_hub", lambda self, **kwargs: pushed.append(self.args.output_dir))
+    monkeypatch.setattr("mqt_llava.training.run.push_result", lambda trainer: pushed.append(trainer.args.output_dir))
     monkeypatch.setattr(MqtLlavaTrainer, "_push_from_checkpoint", lambda self, folder: pushed.append(folder))
     train(load_recipe(TINY, [*words(tmp_path)[1:], "--push_to_hub", "--hub_model_id", "me/model"]))
     assert pushed[-1] == str(tmp_path)

@@ -3,11 +3,14 @@
 import logging
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..hub import push_folder
 from .checkpoints import STAGING, last_checkpoint, wait_for_all
 from .conversations import CHAT_TEMPLATES, ConversationCollator, ConversationEncoder
 from .data import SkipLog
@@ -20,6 +23,8 @@ from .trainer import MqtLlavaTrainer
 
 logger = logging.getLogger(__name__)
 SKIPPED = "skipped.jsonl"
+NOT_PUSHED = {SKIPPED, "README.md", "training_args.bin"}
+"""Files of a run that are no part of its model."""
 
 
 @dataclass
@@ -139,9 +144,29 @@ def save_result(trainer: MqtLlavaTrainer) -> None:
         trainer.state.save_to_json(os.path.join(output_dir, "trainer_state.json"))
         if trainer.eval_budgets:
             plot_budgets(trainer.state.log_history, os.path.join(output_dir, "budgets.png"))
+        if trainer.args.push_to_hub:
+            push_result(trainer)
     wait_for_all()
-    if trainer.args.push_to_hub:
-        trainer.push_to_hub()
+
+
+def push_result(trainer: MqtLlavaTrainer) -> None:
+    """
+    Uploads what [`save_result`] wrote, with this project's model card. (PEFT's own names a folder of this machine as
+    the base, which the Hub refuses.)
+    """
+    args = trainer.args
+    trainer._finish_current_push()
+    with tempfile.TemporaryDirectory() as folder:
+        for path in Path(args.output_dir).iterdir():
+            if path.is_file() and path.name not in NOT_PUSHED:
+                shutil.copy2(path, folder)
+        push_folder(
+            folder,
+            trainer.hub_model_id,
+            private=args.hub_private_repo,
+            token=args.hub_token,
+            revision=args.hub_revision,
+        )
 
 
 def count(dataset) -> int | None:
