@@ -24,6 +24,9 @@ format: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/prefill.py
+	$(BIN)/python benchmarks/training.py --steps 8
+	$(BIN)/python benchmarks/training_data.py
+	$(BIN)/python benchmarks/training_memory.py
 
 # torch first and by itself: on many machines a bare `torch` would bring gigabytes of CUDA packages.
 $(VENV)/ready: constraints.txt setup.cfg pyproject.toml

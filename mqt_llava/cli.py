@@ -26,7 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="mqt-llava", description="One vision-language model, any number of visual tokens."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add_command in (_add_quickstart, _add_ask, _add_convert, _add_upcycle, _add_merge, _add_push):
+    commands_in_order = (_add_quickstart, _add_ask, _add_train, _add_convert, _add_upcycle, _add_merge, _add_push)
+    for add_command in commands_in_order:
         add_command(commands)
     return parser
 
@@ -80,6 +81,27 @@ def _run_ask(args: argparse.Namespace) -> None:
     width = max(len(str(row.num_visual_tokens)) for row in rows)
     for row in rows:
         print(f"m = {row.num_visual_tokens:>{width}}   {row.prefill_flops / 1e6:12,.1f} MFLOPs prefill   {row.answer}")
+
+
+def _add_train(commands) -> None:
+    command = commands.add_parser("train", help="train a model as a recipe says")
+    command.add_argument("recipe", help="YAML file, such as recipes/tiny.yaml")
+    command.add_argument(
+        "overrides",
+        nargs=argparse.REMAINDER,
+        metavar="--key value",
+        help="changes to the recipe: --max_steps 10 --lora",
+    )
+    command.set_defaults(run=_run_train)
+
+
+def _run_train(args: argparse.Namespace) -> None:
+    from .training.recipe import load_recipe
+    from .training.run import train
+
+    finished = train(load_recipe(args.recipe, args.overrides))
+    if finished.trainer.is_world_process_zero():
+        print(f"Trained model in {finished.trainer.args.output_dir}.")
 
 
 def _add_convert(commands) -> None:

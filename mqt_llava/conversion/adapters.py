@@ -29,5 +29,7 @@ def merge(adapter: str | Path, destination: str | Path, *, base_model: str | Pat
         model = MqtLlavaForConditionalGeneration.from_pretrained(base)
         merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
         merged.save_pretrained(folder)
-        MqtLlavaProcessor.from_pretrained(base).save_pretrained(folder)
+        # Training saves the processor that it used beside its adapter; others save the adapter alone.
+        with_processor = adapter if (Path(adapter) / "processor_config.json").is_file() else base
+        MqtLlavaProcessor.from_pretrained(with_processor).save_pretrained(folder)
     return Path(destination)

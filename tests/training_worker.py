@@ -1,0 +1,74 @@
+"""Run under torchrun and alone by the tests of distributed training: trains a little and writes down what came out."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from training_helpers import conversations, logged, tiny_model, trainer
+
+from mqt_llava.training.models import freeze_all_but
+
+
+def shard_on_the_cpu():
+    """Accelerate shards on accelerators alone, though torch can on a CPU: told that this is one, it does."""
+    from accelerate import DistributedType, PartialState
+    from transformers import TrainingArguments
+
+    setup = TrainingArguments._setup_devices.func
+
+    def told(self):
+        device = setup(self)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        return device
+
+    TrainingArguments._setup_devices.func = told
+
+
+def main():
+    kind, folder, world = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    # In 2 processes the first batches are: images with text, then text alone on one rank, then on both.
+    pictures, text = conversations(6), conversations(10, images=0)
+    examples = [*pictures[:4], *pictures[4:6], *text[:2], *text[2:6], *text[6:10]]
+    settings = (
+        {"fsdp_config": {"fsdp_version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}} if kind == "fsdp2" else {}
+    )
+    if kind == "fsdp2":
+        settings["fsdp"] = "full_shard"
+        shard_on_the_cpu()
+    model = tiny_model()
+    freeze_all_but(model, ("query_transformer", "language_model"))
+    ours = trainer(
+        folder,
+        model=model,
+        examples=examples,
+        draw="sandwich" if kind == "several" else "uniform_all",
+        optim="sgd",
+        learning_rate=0.1,
+        train_sampling_strategy="sequential",
+        max_steps=6,
+        per_device_train_batch_size=4 // world,
+        per_device_eval_batch_size=4 // world,
+        eval_budgets=[1, 16],
+        **settings,
+    )
+    ours.eval_dataset = [*pictures[:2], *text[:2], *pictures[2:3]]
+    ours.train()
+    metrics = ours.evaluate()
+    ours.save_model(str(folder / "result"))
+    if ours.is_world_process_zero():
+        found = {key: logged(ours, key) for key in ("loss", "num_visual_tokens")}
+        found["eval"] = {key: value for key, value in metrics.items() if "loss" in key}
+        found["buckets"] = [
+            {key: value for key, value in entry.items() if key.startswith("loss_m")} for entry in ours.state.log_history
+        ]
+        found["world"] = ours.accelerator.num_processes
+        found["sharded"] = any(type(p).__name__ == "DTensor" for p in ours.model_wrapped.parameters())
+        (folder / "found.json").write_text(json.dumps(found))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
