@@ -41,8 +41,10 @@ The assistant gives helpful, detailed, and polite answers to the user's question
 # caption. What the user asked is left out.
 PLAIN_CHAT_TEMPLATE = """\
 {%- for message in messages -%}
-{%- if message.role == 'user' -%}
+{%- if message.role == 'user' and message.content is string -%}
 {{ '<image>' }}
+{%- elif message.role == 'user' -%}
+{%- for part in message.content if part.type == 'image' -%}{{ '<image>' }}{%- endfor -%}
 {%- elif message.role == 'assistant' -%}
 {%- generation -%}
 {%- if message.content is string -%}{{ message.content }}

@@ -10,23 +10,11 @@ from typing import Any
 
 import torch
 
-from ..processing_mqt_llava import VICUNA_V1_CHAT_TEMPLATE, MqtLlavaProcessor
+from ..processing_mqt_llava import PLAIN_CHAT_TEMPLATE, VICUNA_V1_CHAT_TEMPLATE, MqtLlavaProcessor
 from .batches import IGNORED, pad_rows, trim_to_budget
 from .draws import Draw
 
 
-# The authors' first stage (`preprocess_plain` in their `train.py`): the image, then the caption and a line break.
-PLAIN_CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{%- if message.role == 'user' -%}
-{%- for part in message.content if part.type == 'image' -%}{{ '<image>' }}{%- endfor -%}
-{%- elif message.role == 'assistant' -%}
-{%- generation -%}
-{%- for part in message.content if part.type == 'text' -%}{{ part.text }}{%- endfor -%}{{ '\\n' }}
-{%- endgeneration -%}
-{%- endif -%}
-{%- endfor -%}
-"""
 CHAT_TEMPLATES = {"plain": PLAIN_CHAT_TEMPLATE, "vicuna": VICUNA_V1_CHAT_TEMPLATE}
 """Names that a recipe may use for `chat_template`, beside the processor's own."""
 
@@ -51,8 +39,8 @@ class ConversationEncoder:
     Args:
         processor ([`MqtLlavaProcessor`]): its chat template must mark answers with `{% generation %}`.
         max_length (`int`, *optional*): most tokens of a row, placeholders included.
-        chat_template (`str`, *optional*): a template, or one of the names in `CHAT_TEMPLATES`; the processor's own by
-            default.
+        chat_template (`str`, *optional*): a template, or the name of one in `CHAT_TEMPLATES` or of the processor; the
+            processor's own by default.
     """
 
     processor: MqtLlavaProcessor
@@ -62,8 +50,9 @@ class ConversationEncoder:
     def __post_init__(self):
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"`max_length` must be positive, got {self.max_length}.")
-        template = self.chat_template or self.processor.chat_template
-        self.template = CHAT_TEMPLATES.get(template, template)
+        own = self.processor.chat_template  # one template, or several by name
+        named = {**CHAT_TEMPLATES, **(own if isinstance(own, dict) else {"default": own})}
+        self.template = named.get(self.chat_template or "default", self.chat_template)
         if "generation" not in (self.template or ""):
             raise ValueError(
                 "`chat_template` must mark the answers with `{% generation %}` ... `{% endgeneration %}`, or there is "

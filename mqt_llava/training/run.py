@@ -70,7 +70,9 @@ def set_processor(processor, recipe: Recipe) -> None:
         processor.image_processor.do_pad = recipe.data.image_aspect == "pad"
     template = recipe.data.chat_template
     if template not in (None, "plain"):
-        processor.chat_template = CHAT_TEMPLATES.get(template, template)
+        chosen = CHAT_TEMPLATES.get(template, template)
+        several = isinstance(processor.chat_template, dict)
+        processor.chat_template = {**processor.chat_template, "default": chosen} if several else chosen
 
 
 def make_trainer(recipe: Recipe, model, processor, skip_log: SkipLog) -> MqtLlavaTrainer:
