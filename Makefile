@@ -24,6 +24,8 @@ format: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/prefill.py
+	$(BIN)/python benchmarks/released_parity.py
+	$(BIN)/python benchmarks/convert_memory.py
 	$(BIN)/python benchmarks/training.py --steps 8
 	$(BIN)/python benchmarks/training_data.py
 	$(BIN)/python benchmarks/training_memory.py
