@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -337,6 +338,12 @@ def test_nothing_but_the_result_is_left_in_the_folder(small_run):
     names = {path.name for path in small_run[0].iterdir()}
     assert "work" not in names
     assert {"model.safetensors", "config.json", "processor_config.json", "results.json"} <= names
+
+
+def test_the_next_commands_name_a_program_that_the_shell_finds(small_run):
+    commands = [line.split()[0] for line in small_run[1] if line.startswith("  ")]
+    assert len(commands) == 2
+    assert all(shutil.which(command) for command in commands)
 
 
 def test_echo_is_told_of_the_stand_in(small_run):

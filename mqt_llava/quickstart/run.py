@@ -1,7 +1,10 @@
 """A quickstart run from start to end: render, teach, measure, draw, save."""
 
 import contextlib
+import os
 import platform
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -237,11 +240,18 @@ def show_results(folder: OutputFolder, echo: Echo) -> dict:
         for line in comparison_table(read_json(folder.comparison)):
             echo(line)
     echo("Next:")
-    path = folder.path
-    echo(f"  mqt-llava ask {path}/scene.png 'read the number' --model {path} --num-visual-tokens 2,4,16")
+    path, command = folder.path, command_name()
+    echo(f"  {command} ask {path}/scene.png 'read the number' --model {path} --num-visual-tokens 2,4,16")
     if not folder.is_compared:
-        echo(f"  mqt-llava quickstart --output-dir {path} --compare   # beside models trained at one length")
+        echo(f"  {command} quickstart --output-dir {path} --compare   # beside models trained at one length")
     return results
+
+
+def command_name() -> str:
+    """`mqt-llava`, or the way to it where the shell finds none, as without an active environment."""
+    if shutil.which("mqt-llava"):
+        return "mqt-llava"
+    return os.path.relpath(Path(sys.executable).parent / "mqt-llava")
 
 
 def accuracy_table(results: dict) -> list[str]:
