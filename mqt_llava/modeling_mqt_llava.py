@@ -1034,12 +1034,15 @@ class _Prompt:
 
     def _check_cache(self, is_image: torch.Tensor, num_images: int, num_visual_tokens: int | list[int] | None) -> None:
         """A cache keeps the budgets that it was filled with: the prompt and the call must ask for the same."""
-        in_prompt = is_image.sum(-1).tolist()
         in_cache = getattr(self.kwargs["past_key_values"], "image_placeholders", None)
-        if num_images == 0 and in_cache is not None and any(in_prompt) and in_prompt != in_cache:
+        past_length = self._past_length()
+        only_new_tokens = is_image.shape[1] <= past_length and num_images > 0
+        covered = is_image[:, :past_length]
+        if in_cache is not None and not only_new_tokens and covered.any() and covered.sum(-1).tolist() != in_cache:
             raise ValueError(
-                f"`past_key_values` holds {in_cache} visual tokens, but the prompts have {in_prompt} placeholders. "
-                "Process the prompt with that `num_visual_tokens` to continue from the cache, or start without it."
+                f"`past_key_values` holds {in_cache} visual tokens, but the prompts have {is_image.sum(-1).tolist()} "
+                "placeholders. Process the prompt with that `num_visual_tokens` to continue from the cache, or start "
+                "without it."
             )
         if num_visual_tokens is None:
             return

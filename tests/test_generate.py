@@ -266,6 +266,29 @@ def test_a_cache_filled_at_another_budget_than_the_prompts_is_refused(model, pro
         model.generate(output.sequences, past_key_values=output.past_key_values, **GREEDY)
 
 
+def test_a_cache_takes_one_more_image(model, processor):
+    first = processor(images=IMAGES[0], text="what <image> is", num_visual_tokens=4, return_tensors="pt")
+    output = model.generate(**first, return_dict_in_generate=True, **GREEDY)
+    second = processor(images=IMAGES[1], text="how <image> many", num_visual_tokens=3, return_tensors="pt")
+    ids = torch.cat([output.sequences, second["input_ids"]], dim=1)
+    both = torch.cat([first["pixel_values"], second["pixel_values"]])
+    expected = model.generate(ids, pixel_values=both, **GREEDY)
+    continued = model.generate(
+        ids, pixel_values=second["pixel_values"], past_key_values=output.past_key_values, **GREEDY
+    )
+    assert torch.equal(continued, expected)
+
+
+@pytest.mark.parametrize("budget", [4, 16])
+def test_one_more_image_does_not_hide_a_cache_of_another_budget(model, processor, budget):
+    first = processor(images=IMAGES[0], text="what <image> is", num_visual_tokens=20 - budget, return_tensors="pt")
+    output = model.generate(**first, num_visual_tokens=budget, return_dict_in_generate=True, **GREEDY)
+    second = processor(images=IMAGES[1], text="how <image> many is what", num_visual_tokens=9, return_tensors="pt")
+    ids = torch.cat([output.sequences, second["input_ids"]], dim=1)
+    with pytest.raises(ValueError, match=rf"`past_key_values` holds \[{budget}\] visual tokens"):
+        model.generate(ids, pixel_values=second["pixel_values"], past_key_values=output.past_key_values, **GREEDY)
+
+
 def test_a_cache_with_another_budget_asked_for_is_refused(model, processor):
     inputs = processor(images=IMAGES[0], text="what <image> is", num_visual_tokens=4, return_tensors="pt")
     output = model.generate(**inputs, return_dict_in_generate=True, **GREEDY)
