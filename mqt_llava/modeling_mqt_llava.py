@@ -729,15 +729,14 @@ class MqtLlavaForConditionalGeneration(MqtLlavaPreTrainedModel, GenerationMixin)
 
         Args:
             pretrained_model_name_or_path (`str`): folder or Hub id, in this project's layout or the authors'.
-            vision_tower (`str`, *optional*): folder or Hub id of the CLIP, for a checkpoint of the authors that holds
-                no
-                tower and whose config does not name it.
+            vision_tower (`str`, *optional*):
+                Folder or Hub id of the CLIP, for a checkpoint of the authors that holds no tower and whose config does
+                not name it.
             kwargs: everything else that `from_pretrained` takes.
 
         Raises:
             ValueError: if a weight is missing, unexpected or of the wrong shape (unless `ignore_mismatched_sizes` is
-                set).
-                All of them are listed, and nothing half-loaded is returned.
+                set). All of them are listed, and nothing half-loaded is returned.
         """
         wants_info = kwargs.pop("output_loading_info", False)
         # Mismatches are reported with the rest, rather than as a bare error.
