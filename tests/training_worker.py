@@ -68,8 +68,8 @@ def main():
         (folder / "found.json").write_text(json.dumps(found))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-        # All is written. The threads of gloo and the end of the interpreter race, and about one run in ten would end with
-        # "terminate called without an active exception": leave without the interpreter's own goodbye.
+        # All is written. The threads of gloo and the end of the interpreter race, and about one run in ten would end
+        # with "terminate called without an active exception": leave without the interpreter's own goodbye.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
