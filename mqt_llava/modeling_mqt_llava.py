@@ -954,15 +954,14 @@ class _Prompt:
         if past_length:
             self._check_cache(is_image, num_images, num_visual_tokens)
             is_image = is_image[:, past_length:] if is_image.shape[1] > past_length else is_image
-        if num_images == 0:
-            if num_visual_tokens is not None and not past_length:
-                check_num_visual_tokens(num_visual_tokens, 0, maximum)
-            if not past_length:
-                check_no_placeholders(is_image)
-            return
+        if num_images == 0 and past_length:
+            return  # all images are in the cache, whose budgets have been compared
         new_counts = None
         if num_visual_tokens is not None:
             new_counts = check_num_visual_tokens(num_visual_tokens, num_images, maximum)
+        if num_images == 0:
+            check_no_placeholders(is_image)
+            return
         if self.image_outputs is None:
             self.image_outputs = self.model.get_image_features(pixel_values, return_dict=True)
         tokens = self.image_outputs.pooler_output
