@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mqt_llava.evaluation.ask import ask
 from mqt_llava.quickstart import Recipe, run, run_quickstart, training
-from mqt_llava.quickstart.answering import FromPatches, Tokens, elastic_draw, examples_of, fixed_draw, patches_of
+from mqt_llava.quickstart.answering import FromPatches, Tokens, elastic_draw, examples_of, patches_of
 from mqt_llava.quickstart.baselines import blind_accuracy, majority_accuracy
 from mqt_llava.quickstart.corpus import QUESTIONS_PER_VISIT, build_corpus, normalise
 from mqt_llava.quickstart.evaluation import MEAN, measure_accuracy, right_answers
@@ -25,7 +25,8 @@ from mqt_llava.quickstart.samples import answer
 from mqt_llava.quickstart.scenes import BACKGROUNDS, CELL, COLOURS, DIGIT_ROWS, INK, PLATE, SHAPES
 from mqt_llava.quickstart.training import Stage
 from mqt_llava.quickstart.vocabulary import IMAGE_TOKEN_ID, WORDS, build_tokenizer
-from mqt_llava.training.collator import IGNORED, Branch, BranchCollator, Example
+from mqt_llava.training.batches import IGNORED, trim_to_budget
+from mqt_llava.training.collator import Branch, BranchCollator, Example
 
 
 SMALL = Recipe(
@@ -238,7 +239,7 @@ def test_chat_template_gives_the_row_of_training(corpus):
 
 
 def collate(examples, num_visual_tokens):
-    return BranchCollator(IMAGE_TOKEN_ID, pad_token_id=0, draw=fixed_draw(num_visual_tokens))(examples)
+    return BranchCollator(IMAGE_TOKEN_ID, pad_token_id=0, num_visual_tokens=num_visual_tokens)(examples)
 
 
 @pytest.mark.parametrize("num_visual_tokens", [1, 6, 16])
@@ -287,16 +288,28 @@ def test_labels_of_another_length_raise():
         Branch([1, 2], [1])
 
 
+@pytest.mark.parametrize("boolean", [False, True])
+@pytest.mark.parametrize("num_visual_tokens", [1, 6, 15])
+def test_a_packed_batch_that_is_cut_is_the_one_made_at_that_number(num_visual_tokens, boolean, corpus):
+    examples = examples_of(corpus["test"], Tokens(build_tokenizer()))[:4]
+    whole, expected = collate(examples, 16), collate(examples, num_visual_tokens)
+    for batch in (whole, expected) if boolean else ():
+        batch["attention_mask"] = batch["attention_mask"] == 0
+    cut = trim_to_budget(whole, num_visual_tokens, IMAGE_TOKEN_ID, 16)
+    seen = (expected["labels"] != IGNORED) | (expected["input_ids"] != 0)
+    for name in ("input_ids", "labels", "attention_mask"):
+        assert torch.equal(cut[name], expected[name]), name
+    assert torch.equal(cut["position_ids"][seen], expected["position_ids"][seen])
+
+
 def test_first_steps_see_all_visual_tokens():
-    draw = elastic_draw(steps=100, seed=0)
-    drawn = [draw([Example(torch.empty(0), [], [], position=step)]) for step in range(100)]
-    assert set(drawn[:25]) == {16}
+    draw = elastic_draw(steps=100)
+    assert {draw(0, step) for step in range(25)} == {(16,)}
 
 
 def test_later_steps_draw_every_even_number():
-    draw = elastic_draw(steps=400, seed=0)
-    drawn = [draw([Example(torch.empty(0), [], [], position=step)]) for step in range(100, 400)]
-    assert set(drawn) == set(BUDGETS)
+    draw = elastic_draw(steps=400)
+    assert {draw(0, step) for step in range(100, 400)} == {(budget,) for budget in BUDGETS}
 
 
 # --- A run ---

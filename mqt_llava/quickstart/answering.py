@@ -1,6 +1,8 @@
 """Questions about pictures as examples for the collator, and the draw of the number of visual tokens per step."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +12,14 @@ from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..modeling_mqt_llava import MqtLlavaForConditionalGeneration
+from ..training.arguments import MqtLlavaTrainingArguments
 from ..training.collator import Branch, BranchCollator, Example, one_answer
+from ..training.draws import Draw, parse_draw
+from ..training.trainer import MqtLlavaTrainer
 from .corpus import QUESTIONS_PER_VISIT, Split, normalise
 from .model import MAX_VISUAL_TOKENS
 from .questions import Question
-from .randomness import stream
-from .training import Stage, Visits, run_stage
+from .training import Stage, Visits, run_stage, stage_arguments
 from .vocabulary import BOS_TOKEN_ID, EOS_TOKEN_ID, IMAGE_TOKEN_ID, PAD_TOKEN_ID
 
 
@@ -73,11 +77,12 @@ class FromPatches(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, pixel_values: torch.Tensor, **inputs):
-        """What the model returns for the pictures themselves."""
-        visual_tokens = self.model.model.query_transformer(pixel_values)  # (B, M, D)
-        images = BaseModelOutputWithPooling(pooler_output=list(visual_tokens))
-        return self.model(mm_encoder_outputs={"image": images}, **inputs)
+    def forward(self, pixel_values: torch.Tensor | None = None, **inputs):
+        """What the model returns for the pictures themselves (or for images that are encoded already)."""
+        if pixel_values is not None:
+            visual_tokens = self.model.model.query_transformer(pixel_values)  # (B, M, D)
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=list(visual_tokens))}
+        return self.model(**inputs)
 
 
 def training_visits(split: Split, patches: torch.Tensor, tokens: Tokens, stage: Stage, seed: int) -> Visits:
@@ -96,38 +101,51 @@ def training_visits(split: Split, patches: torch.Tensor, tokens: Tokens, stage: 
             for kind, number in QUESTIONS_PER_VISIT.items()
             for index in rng.permutation(len(pools[scene][kind]))[:number]
         ]
-        return Example(patches[scene], tokens.prefix, chosen, position=visit // stage.batch_size)
+        return Example(patches[scene], tokens.prefix, chosen)
 
     return Visits(make, len(split), stage.steps * stage.batch_size, seed)
 
 
-def elastic_draw(steps: int, seed: int) -> Callable[[Sequence[Example]], int]:
-    """All visual tokens at first, then 2, 4, ..., M with equal chance, as the original second stage draws them."""
+@dataclass(frozen=True)
+class AllAtFirst(Draw):
+    """All visual tokens for the first `steps`, then what the draw says."""
 
-    def draw(examples: Sequence[Example]) -> int:
-        step = examples[0].position
-        if step < FULL_LENGTH_SHARE * steps:
-            return MAX_VISUAL_TOKENS
-        return 2 * int(stream(seed, "number of visual tokens", step).integers(1, MAX_VISUAL_TOKENS // 2 + 1))
+    steps: int
 
-    return draw
+    def __call__(self, seed: int, step: int) -> tuple[int, ...]:
+        """The budgets of optimizer step `step`."""
+        return (self.max_visual_tokens,) if step < self.steps else super().__call__(seed, step)
 
 
-def fixed_draw(num_visual_tokens: int) -> Callable[[Sequence[Example]], int]:
+def elastic_draw(steps: int, name: str = "uniform") -> Draw:
+    """A draw by its name, after a part of the `steps` at all visual tokens. The authors' second stage is `uniform`."""
+    draw = parse_draw(name, MAX_VISUAL_TOKENS)
+    return AllAtFirst(draw.name, draw.max_visual_tokens, draw.sample, steps=math.ceil(FULL_LENGTH_SHARE * steps))
+
+
+def fixed_draw(num_visual_tokens: int) -> Draw:
     """The same number at every step: an ordinary model, to compare with."""
-    return lambda examples: num_visual_tokens
+    return parse_draw(f"fixed({num_visual_tokens})", MAX_VISUAL_TOKENS)
 
 
 def teach_to_answer(
     model: MqtLlavaForConditionalGeneration,
     stage: Stage,
     visits: Visits,
-    draw: Callable[[Sequence[Example]], int],
+    draw: Draw,
     folder: Path,
     seed: int,
     on_step: Callable[[int], None],
+    self_distillation: float = 0.0,
 ) -> None:
     """Trains query transformer and language model in place; the tower stays as it is."""
     model.model.vision_tower.requires_grad_(False)
-    collator = BranchCollator(IMAGE_TOKEN_ID, PAD_TOKEN_ID, draw)
-    run_stage(stage, FromPatches(model), visits, collator, folder, seed, on_step)
+    arguments = MqtLlavaTrainingArguments(**stage_arguments(stage, folder, seed), self_distillation=self_distillation)
+    trainer = MqtLlavaTrainer(
+        FromPatches(model),
+        arguments,
+        draw=draw,
+        train_dataset=visits,
+        data_collator=BranchCollator(IMAGE_TOKEN_ID, PAD_TOKEN_ID, MAX_VISUAL_TOKENS),
+    )
+    run_stage(trainer, on_step)

@@ -6,8 +6,9 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..modeling_mqt_llava import MqtLlavaForConditionalGeneration
-from ..training.collator import IGNORED, BranchCollator, Example
-from .answering import Tokens, examples_of, fixed_draw
+from ..training.batches import IGNORED
+from ..training.collator import BranchCollator, Example
+from .answering import Tokens, examples_of
 from .corpus import Split
 from .questions import KINDS
 from .vocabulary import IMAGE_TOKEN_ID, PAD_TOKEN_ID
@@ -60,7 +61,7 @@ def right_answers(
     model: MqtLlavaForConditionalGeneration, examples: list[Example], features: list[torch.Tensor], budget: int
 ) -> list[list[bool]]:
     """For each example, for each of its branches: whether the whole answer is right at this budget."""
-    batch = BranchCollator(IMAGE_TOKEN_ID, PAD_TOKEN_ID, fixed_draw(budget))(examples)
+    batch = BranchCollator(IMAGE_TOKEN_ID, PAD_TOKEN_ID, budget)(examples)
     labels = batch.pop("labels")[:, 1:]
     del batch["pixel_values"]
     visual = BaseModelOutputWithPooling(pooler_output=[image[:budget] for image in features])

@@ -3,7 +3,7 @@
 import numpy as np
 
 
-PURPOSES = ("corpus", "order of visits", "visit", "number of visual tokens")
+PURPOSES = ("corpus", "order of visits", "visit")
 
 
 def stream(seed: int, purpose: str, number: int = 0) -> np.random.Generator:

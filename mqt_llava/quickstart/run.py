@@ -13,11 +13,13 @@ from pathlib import Path
 import torch
 import transformers
 from PIL import Image
+from torch import nn
 from tqdm.auto import tqdm
 
 from .._version import __version__
 from ..modeling_mqt_llava import MqtLlavaForConditionalGeneration
 from ..processing_mqt_llava import MqtLlavaProcessor
+from ..training.draws import Draw
 from .answering import Tokens, elastic_draw, fixed_draw, patches_of, teach_to_answer, training_visits
 from .baselines import blind_accuracy, majority_accuracy
 from .corpus import Split, build_corpus
@@ -105,7 +107,7 @@ class Run:
         self.echo(
             "Teaching the model to answer, at first with all visual tokens, then with a number drawn at every step ..."
         )
-        self.teach_answers(model, "elastic", elastic_draw(self.recipe.answers.steps, self.seed))
+        self.teach_answers(model, "elastic", elastic_draw(self.recipe.answers.steps))
         accuracy = self.measure(model, self.corpus["test"], BUDGETS)
         model.save_pretrained(self.folder.path)
         self.processor.save_pretrained(self.folder.path)
@@ -136,12 +138,14 @@ class Run:
         shares = seen_correctly(seeing, self.corpus["validation"])
         self.echo("Patches named right: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items()))
 
-    def teach_answers(self, model: MqtLlavaForConditionalGeneration, name: str, draw) -> None:
+    def teach_answers(
+        self, model: MqtLlavaForConditionalGeneration, name: str, draw: Draw, self_distillation: float = 0.0
+    ) -> None:
         """Query transformer and language model learn, on all questions in one order, whatever is drawn."""
-        stage, train = self.recipe.answers, self.corpus["train"]
+        stage, train, folder = self.recipe.answers, self.corpus["train"], self.folder.work / name
         visits = training_visits(train, patches_of(model, train), self.tokens, stage, self.seed)
         with self.bar(f"answering, {name}", stage.steps) as on_step:
-            teach_to_answer(model, stage, visits, draw, self.folder.work / name, self.seed, on_step)
+            teach_to_answer(model, stage, visits, draw, folder, self.seed, on_step, self_distillation)
 
     def measure(self, model: MqtLlavaForConditionalGeneration, split: Split, budgets) -> Accuracy:
         """Accuracy on a split, under a progress bar."""
@@ -151,12 +155,12 @@ class Run:
     def compare(self) -> None:
         """Ordinary models, each trained at one number of visual tokens; the last one is also cut to fewer."""
         elastic = read_json(self.folder.results)["accuracy"]
-        tower = MqtLlavaForConditionalGeneration.from_pretrained(self.folder.path).model.vision_tower.state_dict()
+        tower = MqtLlavaForConditionalGeneration.from_pretrained(self.folder.path).model.vision_tower
         fixed: dict[str, dict[str, float]] = {}
         truncated: Accuracy = {}
         for budget in FIXED_BUDGETS:
             self.echo(f"Training an ordinary model with {budget} visual tokens at every step ...")
-            model = self.train_fixed(budget, tower)
+            model = self.train_beside(tower, f"fixed-{budget}", fixed_draw(budget))
             everything = budget == MAX_VISUAL_TOKENS
             accuracy = self.measure(model, self.corpus["test"], BUDGETS if everything else [budget])
             fixed[str(budget)] = {kind: by_budget[str(budget)] for kind, by_budget in accuracy.items()}
@@ -165,11 +169,13 @@ class Run:
         draw_comparison(comparison, self.folder.path / "comparison.png")
         write_json(self.folder.comparison, comparison)
 
-    def train_fixed(self, budget: int, tower: dict[str, torch.Tensor]) -> MqtLlavaForConditionalGeneration:
-        """A model of the same starting values, tower, steps and questions as the elastic one."""
+    def train_beside(
+        self, tower: nn.Module, name: str, draw: Draw, self_distillation: float = 0.0
+    ) -> MqtLlavaForConditionalGeneration:
+        """A model of the same starting values, tower and questions as the elastic one, at another draw."""
         model = self.new_model()
-        model.model.vision_tower.load_state_dict(tower)
-        self.teach_answers(model, f"fixed-{budget}", fixed_draw(budget))
+        model.model.vision_tower.load_state_dict(tower.state_dict())
+        self.teach_answers(model, name, draw, self_distillation)
         return model
 
     def results(self, accuracy: Accuracy) -> dict:

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from .corpus import Split, normalise
 from .model import PATCH_SIZE
 from .scenes import BACKGROUNDS, CELL, COLOURS, IMAGE_SIZE, SHAPES, Scene
-from .training import Stage, Visits, run_stage
+from .training import Stage, Visits, run_stage, stage_arguments
 
 
 PATCHES_PER_SIDE = IMAGE_SIZE // PATCH_SIZE
@@ -87,7 +87,8 @@ def teach_to_see(
     visits = Visits(
         lambda index, visit, rng: labelled_picture(train, index), len(train), stage.steps * stage.batch_size, seed
     )
-    run_stage(stage, model, visits, stack_pictures, folder, seed, on_step)
+    arguments = TrainingArguments(**stage_arguments(stage, folder, seed))
+    run_stage(Trainer(model, arguments, train_dataset=visits, data_collator=stack_pictures), on_step)
     return model
 
 

@@ -5,17 +5,22 @@ A stage resumes exactly where it was interrupted: every random choice depends on
 alone, never on what was drawn before it.
 """
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from torch import nn
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from .randomness import stream
+
+
+CHECKPOINTS = 4
+"""How many a stage writes on its way."""
 
 
 @dataclass(frozen=True)
@@ -40,64 +45,48 @@ class ReportSteps(TrainerCallback):
         self.report(state.global_step)
 
 
-def run_stage(
-    stage: Stage,
-    model: nn.Module,
-    dataset: Dataset,
-    collator: Callable[[Sequence], dict],
-    folder: Path,
-    seed: int,
-    on_step: Callable[[int], None],
-    checkpoints: int = 4,
-) -> None:
+def run_stage(trainer: Trainer, on_step: Callable[[int], None]) -> None:
     """
-    Trains `model` in place, from the newest checkpoint in `folder` if there is one.
+    Trains in place, from the newest checkpoint in the trainer's folder if there is one.
 
     Args:
-        stage: its sizes.
-        model: the parameters that require a gradient learn.
-        dataset: `stage.steps * stage.batch_size` examples, taken in their order.
-        collator: examples to the keyword arguments of `model.forward`.
-        folder: where checkpoints go, and come from.
-        seed: for the Trainer; the order of the examples does not depend on it.
+        trainer: with the [`stage_arguments`] and all it needs.
         on_step: told the number of steps done.
-        checkpoints: how many are written on the way. Only the newest is kept.
     """
-    trainer = Trainer(
-        model=model,
-        args=stage_arguments(stage, folder, seed, checkpoints),
-        train_dataset=dataset,
-        data_collator=collator,
-        callbacks=[ReportSteps(on_step)],
-    )
+    folder = trainer.args.output_dir
+    trainer.add_callback(ReportSteps(on_step))
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if os.path.isdir(folder) else None)
 
 
-def stage_arguments(stage: Stage, folder: Path, seed: int, checkpoints: int) -> TrainingArguments:
-    """AdamW with warm-up and cosine; nothing logged, nothing reported, CPU only."""
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=stage.steps,
-        per_device_train_batch_size=stage.batch_size,
-        train_sampling_strategy="sequential",
-        learning_rate=stage.learning_rate,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.02},
-        warmup_steps=max(1, stage.steps // 20),
-        adam_beta2=0.98,
-        weight_decay=0.05,
-        max_grad_norm=1.0,
-        save_steps=max(1, -(-stage.steps // checkpoints)),
-        save_total_limit=1,
-        seed=seed,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
+def stage_arguments(stage: Stage, folder: Path, seed: int) -> dict[str, Any]:
+    """
+    The `TrainingArguments` of a stage, by name: AdamW with warm-up and cosine; nothing logged, nothing reported, CPU
+    only. A few checkpoints are written on the way, and the newest is kept. Examples are taken in their order, which
+    does not depend on the Trainer's `seed`.
+    """
+    return {
+        "output_dir": str(folder),
+        "max_steps": stage.steps,
+        "per_device_train_batch_size": stage.batch_size,
+        "train_sampling_strategy": "sequential",
+        "learning_rate": stage.learning_rate,
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.02},
+        "warmup_steps": max(1, stage.steps // 20),
+        "adam_beta2": 0.98,
+        "weight_decay": 0.05,
+        "max_grad_norm": 1.0,
+        "save_steps": max(1, -(-stage.steps // CHECKPOINTS)),
+        "save_total_limit": 1,
+        "seed": seed,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "remove_unused_columns": False,
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
 
 
 class Visits(Dataset):

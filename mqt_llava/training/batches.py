@@ -23,14 +23,15 @@ def trim_to_budget(batch: dict[str, Any], budget: int, image_token_id: int, max_
 
     Args:
         batch (`dict`): with `input_ids` of shape `(B, S)`; `visual_token_counts` of shape `(I,)` unless every image has
-            `max_visual_tokens` placeholders.
+            `max_visual_tokens` placeholders. A mask of shape `(B, 1, S, S)`, boolean or additive, may come with
+            `position_ids`: a token's position falls by the number of placeholders that it saw and that are gone.
         budget (`int`): m.
         image_token_id (`int`): the placeholder.
         max_visual_tokens (`int`): M.
 
     Raises:
-        ValueError: if `position_ids` or a mask that is not 2-D would have to be cut, or the placeholders are not those
-            of whole images.
+        ValueError: if `position_ids` without a 4-D mask, or a mask of another shape, would have to be cut, or the
+            placeholders are not those of whole images.
     """
     if batch.get("pixel_values") is None:
         return batch
@@ -42,8 +43,11 @@ def trim_to_budget(batch: dict[str, Any], budget: int, image_token_id: int, max_
     if int(counts.max()) <= budget:
         return {**batch, "visual_token_counts": counts}
     kept = kept_positions(ids == image_token_id, counts, budget)
-    if batch.get("attention_mask") is not None:
-        kept &= batch["attention_mask"].bool()
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.ndim == 4:
+        batch = with_closed_ranks(batch, kept)
+    elif mask is not None:
+        kept &= mask.bool()
     lengths = kept.sum(-1)  # (B,)
     longest = int(lengths.max())
     order = (~kept).long().argsort(dim=-1, stable=True)[:, :longest]  # (B, longest): what is kept, in order
@@ -52,9 +56,37 @@ def trim_to_budget(batch: dict[str, Any], budget: int, image_token_id: int, max_
     for name, value in batch.items():
         if isinstance(value, torch.Tensor) and value.shape == ids.shape:
             trimmed[name] = value.gather(1, order).masked_fill(filling, IGNORED if name == "labels" else 0)
-    if batch.get("attention_mask") is None:
+    if mask is None:
         trimmed["attention_mask"] = (~filling).long()
+    elif mask.ndim == 4:
+        trimmed["attention_mask"] = cut_mask(mask, order, filling)
     return trimmed
+
+
+def with_closed_ranks(batch: dict[str, Any], kept: torch.Tensor) -> dict[str, Any]:
+    """The batch with `position_ids`, if it has any, as they are once all but the `(B, S)` `kept` tokens are gone."""
+    if batch.get("position_ids") is None:
+        return batch
+    gone = visible(batch["attention_mask"])[:, 0] & ~kept[:, None, :]  # (B, S, S)
+    return {**batch, "position_ids": batch["position_ids"] - gone.sum(-1)}
+
+
+def cut_mask(mask: torch.Tensor, order: torch.Tensor, filling: torch.Tensor) -> torch.Tensor:
+    """
+    `(B, 1, S, S)` to `(B, 1, S', S')`: the rows and columns of `order`, of shape `(B, S')`. Nobody sees `filling`,
+    except itself, so that no row of the softmax is empty.
+    """
+    hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    shown = True if mask.dtype == torch.bool else 0.0
+    columns = mask.gather(3, order[:, None, None, :].expand(-1, -1, mask.shape[2], -1))
+    cut = columns.gather(2, order[:, None, :, None].expand(-1, -1, -1, order.shape[1]))
+    itself = torch.eye(order.shape[1], dtype=torch.bool, device=mask.device) & filling[:, None, :]
+    return cut.masked_fill(filling[:, None, None, :], hidden).masked_fill(itself[:, None], shown)
+
+
+def visible(mask: torch.Tensor) -> torch.Tensor:
+    """A boolean or additive mask as a boolean one: true where a token may look."""
+    return mask if mask.dtype == torch.bool else mask == 0
 
 
 def kept_positions(is_image: torch.Tensor, counts: torch.Tensor, budget: int) -> torch.Tensor:
@@ -71,11 +103,15 @@ def check_trimmable(batch: dict[str, Any], counts: torch.Tensor, is_image: torch
     Raises:
         ValueError: see [`trim_to_budget`].
     """
-    mask = batch.get("attention_mask")
-    if batch.get("position_ids") is not None or (mask is not None and mask.ndim != 2):
+    mask, (rows, length) = batch.get("attention_mask"), is_image.shape
+    shape = None if mask is None else tuple(mask.shape)
+    square = shape == (rows, 1, length, length)
+    if (batch.get("position_ids") is not None and not square) or not (square or shape in (None, (rows, length))):
         raise ValueError(
-            "`position_ids` and 4-D attention masks cannot follow a batch that is cut to another number of visual "
-            "tokens. Leave them out, or have the collator draw the number."
+            "A batch that is cut to another number of visual tokens must have an `attention_mask` of shape "
+            f"{(rows, length)}, or one of shape {(rows, 1, length, length)}, with or without `position_ids`; got "
+            f"{shape} {'with' if batch.get('position_ids') is not None else 'without'} `position_ids`. Leave them out, "
+            "or have the collator draw the number."
         )
     if int(is_image.sum()) != int(counts.sum()):
         raise ValueError(

@@ -1,17 +1,15 @@
 """
-From conversations about images to batches: labels on the answers only, one number of visual tokens per batch.
+Many conversations about one image in one row: the image is read once, and none of them sees another.
 
 Axes: B rows (one image each), S row length.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-
-IGNORED = -100
-"""Label of a token that is not learned, as `torch.nn.functional.cross_entropy` ignores it."""
+from .batches import IGNORED, pad_rows
 
 
 @dataclass(frozen=True)
@@ -39,8 +37,6 @@ class Example:
     prefix: list[int]
     """Token ids up to the conversation, the image as one placeholder."""
     branches: list[Branch]
-    position: int = 0
-    """Optimizer step (or any number) that a draw of the number of visual tokens may depend on."""
 
 
 def one_answer(question: list[int], answer: list[int]) -> Branch:
@@ -54,13 +50,13 @@ class BranchCollator:
     Packs every image and all conversations about it into one row: the image is read once, and each conversation sees
     the image, itself and nothing else, at the positions it would have alone. (Molmo packs its annotations like this.)
 
-    The batch goes to the model as it is. Examples are never changed.
+    Examples are never changed. [`MqtLlavaTrainer`] cuts the batch to the number that it draws.
     """
 
     image_token_id: int
     pad_token_id: int
-    draw: Callable[[Sequence[Example]], int]
-    """Examples of a batch -> number of visual tokens for all its images."""
+    num_visual_tokens: int
+    """Placeholders of every image."""
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """
@@ -71,18 +67,16 @@ class BranchCollator:
         Raises:
             ValueError: if a prefix does not hold exactly one placeholder.
         """
-        num_visual_tokens = self.draw(examples)
-        rows = [self.pack(example, num_visual_tokens) for example in examples]
-        branch_of = pad([row.branch_of for row in rows], PADDING)
+        rows = [self.pack(example) for example in examples]
         return {
-            "input_ids": pad([row.input_ids for row in rows], self.pad_token_id),
-            "labels": pad([row.labels for row in rows], IGNORED),
-            "position_ids": pad([row.position_ids for row in rows], 0),
-            "attention_mask": branch_mask(branch_of),
+            "input_ids": pad_rows([torch.tensor(row.input_ids) for row in rows], self.pad_token_id),
+            "labels": pad_rows([torch.tensor(row.labels) for row in rows], IGNORED),
+            "position_ids": pad_rows([torch.tensor(row.position_ids) for row in rows], 0),
+            "attention_mask": branch_mask(pad_rows([torch.tensor(row.branch_of) for row in rows], PADDING)),
             "pixel_values": torch.stack([example.pixel_values for example in examples]),
         }
 
-    def pack(self, example: Example, num_visual_tokens: int) -> "Row":
+    def pack(self, example: Example) -> "Row":
         """One row: the prefix with its placeholder repeated, then the branches one after the other."""
         if example.prefix.count(self.image_token_id) != 1:
             raise ValueError(
@@ -90,7 +84,7 @@ class BranchCollator:
                 "every image an example of its own; the collator repeats the placeholder."
             )
         image = example.prefix.index(self.image_token_id)
-        prefix = example.prefix[:image] + [self.image_token_id] * num_visual_tokens + example.prefix[image + 1 :]
+        prefix = example.prefix[:image] + [self.image_token_id] * self.num_visual_tokens + example.prefix[image + 1 :]
         row = Row()
         row.append(prefix, [IGNORED] * len(prefix), branch=PREFIX, start=0)
         for index, branch in enumerate(example.branches, start=PREFIX + 1):
@@ -117,12 +111,6 @@ class Row:
         self.labels += labels
         self.position_ids += range(start, start + len(input_ids))
         self.branch_of += [branch] * len(input_ids)
-
-
-def pad(rows: list[list[int]], value: int) -> torch.Tensor:
-    """`(B, S)`: rows filled up with `value` on the right, to the longest."""
-    length = max(map(len, rows))
-    return torch.tensor([row + [value] * (length - len(row)) for row in rows])
 
 
 def branch_mask(branch_of: torch.Tensor) -> torch.Tensor:

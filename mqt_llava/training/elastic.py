@@ -56,7 +56,7 @@ class Meter:
         self.losses[bucket] += loss_sum
         self.labels[bucket] += (shifted_labels(batch["labels"]) != IGNORED).sum()
         mask = batch.get("attention_mask")
-        self.tokens += batch["input_ids"].numel() if mask is None else mask.sum()
+        self.tokens += batch["input_ids"].numel() if mask is None or mask.ndim != 2 else mask.sum()
         self.budgets.append(budget)
 
     def read(self, reduce) -> dict[str, float]:

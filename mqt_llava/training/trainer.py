@@ -16,7 +16,7 @@ from .arguments import MqtLlavaTrainingArguments
 from .batches import IGNORED, shifted_labels, trim_to_budget
 from .checkpoints import StagedCheckpoints
 from .data import ByLengthAndModality
-from .draws import check_budgets
+from .draws import Draw, check_budgets
 from .elastic import ElasticTrainerMixin, core_of
 
 
@@ -27,6 +27,7 @@ class MqtLlavaTrainer(ElasticTrainerMixin, StagedCheckpoints):
 
     Args:
         args ([`MqtLlavaTrainingArguments`]): carries `draw`, `eval_budgets` and the rest.
+        draw ([`Draw`], *optional*): instead of the one that `args` name, such as a distribution of your own.
         kwargs: as for `Trainer`.
 
     Raises:
@@ -36,7 +37,7 @@ class MqtLlavaTrainer(ElasticTrainerMixin, StagedCheckpoints):
     args: MqtLlavaTrainingArguments
     optimizer: torch.optim.Optimizer
 
-    def __init__(self, model, args: MqtLlavaTrainingArguments, **kwargs):
+    def __init__(self, model, args: MqtLlavaTrainingArguments, draw: Draw | None = None, **kwargs):
         self.eval_budgets = check_budgets("eval_budgets", args.eval_budgets, core_of(model).config.max_visual_tokens)
         if args.label_smoothing_factor:
             raise ValueError(
@@ -45,7 +46,7 @@ class MqtLlavaTrainer(ElasticTrainerMixin, StagedCheckpoints):
         if self.eval_budgets and kwargs.get("compute_metrics") is not None:
             raise ValueError("`eval_budgets` and `compute_metrics` exclude each other. Set `eval_budgets` to none.")
         name_layers_that_are_there(core_of(model))
-        super().__init__(model=model, args=args, draw=args.draw, **kwargs)
+        super().__init__(model=model, args=args, draw=args.draw if draw is None else draw, **kwargs)
         if self.eval_budgets:
             self.compute_metrics = self._losses_at_budgets
 
