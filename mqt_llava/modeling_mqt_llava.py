@@ -40,7 +40,13 @@ LOCAL_INIT_SCALE = 6.0
 # Give these to a quantization config (`llm_int8_skip_modules` of bitsandbytes, `modules_to_not_convert` elsewhere):
 # the query transformer holds bare parameters beside its linear layers, and the tower is small beside the language
 # model.
-MODULES_NOT_TO_QUANTIZE = ["vision_tower", "query_transformer", "lm_head"]
+MODULES_NOT_TO_QUANTIZE = [
+    "vision_tower",
+    "query_transformer",
+    "model.vision_tower",
+    "model.query_transformer",
+    "lm_head",
+]
 
 # Parts of a vision tower that come after its layers. No hidden state passes through them, so they are taken out.
 PARTS_ABOVE_THE_LAYERS = ("post_layernorm", "layernorm", "norm", "head", "pooler")
@@ -394,9 +400,10 @@ class MqtLlavaModel(MqtLlavaPreTrainedModel):
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.weights_above_selected_layer = cut_above_selected_layer(self.vision_tower, config)
         self.language_model = AutoModel.from_config(config.text_config)
-        # The width of the embeddings, not `hidden_size`: some OPT models embed narrower than they compute.
+        # The width of the embeddings, not `hidden_size`: some OPT models embed narrower than they compute. Not that of
+        # their weight, which is empty here under ZeRO-3.
         self.query_transformer = MqtLlavaQueryTransformer(
-            config, output_size=self.language_model.get_input_embeddings().weight.shape[1]
+            config, output_size=self.language_model.get_input_embeddings().embedding_dim
         )
         self.post_init()
 
@@ -654,7 +661,7 @@ class MqtLlavaForConditionalGeneration(MqtLlavaPreTrainedModel, GenerationMixin)
             rf"^model\.vision_tower\.(vision_model\.)?{re.escape(name)}$"
             for name in self.model.weights_above_selected_layer
         }
-        self.lm_head = nn.Linear(embeddings.weight.shape[1], embeddings.weight.shape[0], bias=False)
+        self.lm_head = nn.Linear(embeddings.embedding_dim, embeddings.num_embeddings, bias=False)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:

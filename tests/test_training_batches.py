@@ -82,6 +82,24 @@ def test_text_alone_is_left_as_it_is():
     assert trim_to_budget(batch, 2, IMAGE, M) is batch
 
 
+@pytest.mark.parametrize("boolean", [False, True])
+@pytest.mark.parametrize("budget", [1, 7])
+def test_a_cut_batch_with_a_square_mask_gives_the_same_logits(batch, budget, boolean):
+    """Rows with none, one and two images lose different numbers of placeholders."""
+    model, mask = tiny_model().eval(), batch["attention_mask"].bool()
+    seen = mask[:, None, None, :] & torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool).tril()
+    seen |= torch.eye(mask.shape[1], dtype=torch.bool)
+    square = seen if boolean else torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    positions = torch.arange(mask.shape[1]).expand_as(mask)
+    cut = trim_to_budget({**batch, "attention_mask": square, "position_ids": positions}, budget, IMAGE, M)
+    expected = trim_to_budget(batch, budget, IMAGE, M)
+    with torch.no_grad():
+        logits, reference = model(**cut).logits, model(**expected).logits
+    real = expected["attention_mask"].bool()
+    assert cut["input_ids"].shape[1] >= real.shape[1]
+    torch.testing.assert_close(logits[:, : real.shape[1]][real], reference[real], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("extra", ["position_ids", "attention_mask"])
 def test_what_cannot_follow_a_cut_raises(batch, extra):
     ids = batch["input_ids"]

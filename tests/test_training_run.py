@@ -132,11 +132,22 @@ def test_quantized_weights_without_bitsandbytes_raise(monkeypatch):
         quantization_config(ModelArguments(quantization="4bit"))
 
 
-def test_adapters_learn_on_quantized_weights(tmp_path):
-    pytest.importorskip("bitsandbytes")
-    train(load_recipe(TINY, words(tmp_path / "base")[1:]))
-    more = ["--model_name_or_path", str(tmp_path / "base"), "--lora", "--quantization", "4bit", "--max_steps", "1"]
-    train(load_recipe(TINY, [*words(tmp_path / "qlora")[1:], *more]))
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_adapters_learn_on_quantized_weights_and_merge_into_whole_ones(tmp_path, bits):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    base, adapter, merged = tmp_path / "base", tmp_path / "qlora", tmp_path / "merged"
+    train(load_recipe(TINY, [*words(base)[1:], "--max_steps", "1", "--eval_strategy", "no"]))
+    more = ["--model_name_or_path", str(base), "--lora", "--quantization", bits, "--eval_strategy", "no"]
+    model = train(load_recipe(TINY, [*words(adapter)[1:], *more])).trainer.model
+    kind = {"4bit": bitsandbytes.nn.Linear4bit, "8bit": bitsandbytes.nn.Linear8bitLt}[bits]
+    quantized = {name for name, module in model.named_modules() if isinstance(module, kind)}
+    assert quantized
+    assert all("language_model" in name for name in quantized)
+    main(["merge", str(adapter), str(merged)])
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, merged))
+    for part in ("query_transformer.query", "language_model.layers.0.self_attn.q_proj.weight"):
+        assert after[f"model.{part}"].dtype == torch.float32
+        assert not torch.equal(after[f"model.{part}"], before[f"model.{part}"])
 
 
 @pytest.fixture
@@ -191,7 +202,7 @@ def test_two_stages_from_a_tower_and_a_language_model(tmp_path, parts):
     layer = next(key for key in tower if key.endswith("encoder.layers.0.mlp.fc1.weight"))
     assert torch.equal(stage_two["model.vision_tower.encoder.layers.0.mlp.fc1.weight"], tower[layer])
     assert not torch.equal(stage_one["model.query_transformer.query"], stage_two["model.query_transformer.query"])
-    assert "USER" in MqtLlavaProcessor.from_pretrained(tmp_path / "one").chat_template
+    assert "USER" in MqtLlavaProcessor.from_pretrained(tmp_path / "one").chat_template["default"]
     assert first.trainer.model.config.query_num_attention_heads == 2
 
 
@@ -239,7 +250,7 @@ def test_parts_of_today_make_a_model_that_trains(tmp_path):
     model = MqtLlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
     processor = MqtLlavaProcessor.from_pretrained(tmp_path / "out")
     assert model.lm_head.weight is model.get_input_embeddings().weight
-    assert "USER" in processor.chat_template
+    assert "USER" in processor.chat_template["default"]
     assert processor.image_processor.do_pad
     assert logits(model, processor).isfinite().all()
 

@@ -88,6 +88,17 @@ def test_all_of_learns_the_mean_loss_over_its_list(tmp_path):
         torch.testing.assert_close(value.float(), mean, rtol=1e-4, atol=1e-6)
 
 
+def test_gradients_are_complete_with_the_last_pass_of_a_step_alone(tmp_path, monkeypatch):
+    """DeepSpeed takes its step inside the backward that comes with complete gradients."""
+    ours = trainer(tmp_path, draw="sandwich", max_steps=2, gradient_accumulation_steps=2)
+    complete, backward = [], ours.accelerator.backward
+    monkeypatch.setattr(
+        ours.accelerator, "backward", lambda loss: complete.append(ours.accelerator.sync_gradients) or backward(loss)
+    )
+    ours.train()
+    assert complete == 2 * [*3 * [False], False, False, True]
+
+
 def test_evaluation_at_each_budget_is_the_loss_of_prompts_at_that_budget(tmp_path):
     ours = trainer(tmp_path, eval_budgets=[1, 5, M], max_steps=1)
     ours.eval_dataset = MIXED

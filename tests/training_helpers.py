@@ -106,11 +106,12 @@ def arguments(folder, **changes):
 
 
 def trainer(folder, model=None, examples=None, **changes):
+    """`folder`, or the arguments themselves."""
     processor = tiny_processor()
     examples = conversations() if examples is None else examples
     return MqtLlavaTrainer(
         tiny_model() if model is None else model,
-        arguments(folder, **changes),
+        folder if isinstance(folder, MqtLlavaTrainingArguments) else arguments(folder, **changes),
         train_dataset=examples,
         eval_dataset=[examples[i] for i in range(5)],
         data_collator=ConversationCollator(processor),

@@ -3,11 +3,14 @@ One number of visual tokens per optimizer step, for any trainer: drawn, the batc
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from ..modeling_mqt_llava import MqtLlavaForConditionalGeneration
@@ -114,17 +117,32 @@ class ElasticTrainerMixin(_Trainer):  # type: ignore[misc, valid-type]
         self.meter.started = self.meter.started or time.perf_counter()
         inputs = self.with_some_image(without_image_labels(inputs, self.image_token_id))
         self._whole_batch, total = inputs, None
-        for budget in budgets:
+        for passes, budget in enumerate(budgets, start=1):
             batch = trim_to_budget(inputs, budget, self.image_token_id, self.max_visual_tokens)
             self._budget = budget
             items = num_items_in_batch if len(budgets) == 1 else num_items_in_batch * len(budgets)
-            loss = super().training_step(model, dict(batch), items)
+            with nullcontext() if passes == len(budgets) else self._more_to_come(model):
+                loss = super().training_step(model, dict(batch), items)
             total = loss if total is None else total + loss
             if items is not None:
                 world = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
                 self.meter.add(budget, loss * items / world, batch)
         self._whole_batch = None
         return total
+
+    @contextmanager
+    def _more_to_come(self, model) -> Iterator[None]:
+        """
+        Around a pass that is not the last of its step: gradients add up. DDP sends them with the last pass, and
+        DeepSpeed, whose backward takes the optimizer step when it is told that gradients are complete, waits for it.
+        """
+        complete = self.accelerator.sync_gradients
+        self.accelerator.gradient_state._set_sync_gradients(False)
+        try:
+            with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
+                yield
+        finally:
+            self.accelerator.gradient_state._set_sync_gradients(complete)
 
     def prediction_step(self, model, inputs, *args, **kwargs):
         """As in the trainer below, on a batch that walks the images' path where that is needed."""

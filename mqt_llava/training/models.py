@@ -5,25 +5,19 @@ adapters, or with adapters on quantized weights.
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    set_seed,
-)
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers import BitsAndBytesConfig, set_seed
+from transformers.integrations import deepspeed
 
-from ..configuration_mqt_llava import MqtLlavaConfig
 from ..modeling_mqt_llava import MODULES_NOT_TO_QUANTIZE, MqtLlavaForConditionalGeneration
 from ..processing_mqt_llava import MqtLlavaProcessor
 from .arguments import PARTS
+from .checkpoints import wait_for_all
 from .recipe import STAGES, ModelArguments
 
 
@@ -36,16 +30,20 @@ def load_model_and_processor(arguments: ModelArguments, output_dir: str, seed: i
     """
     The model, its parts frozen or not as the recipe says, and its processor.
 
-    A new model that gets adapters is saved in `output_dir/base` first, since adapters name the model they belong to.
+    A new model that gets adapters is saved in `output_dir/base` first, since adapters name the model they belong to,
+    and then loaded from there like any other.
     """
     set_seed(seed)
-    base = os.path.join(output_dir, BASE)
-    if os.path.isfile(os.path.join(base, "config.json")) and arguments.lora and is_new(arguments):
+    if arguments.lora and is_new(arguments):
+        base = os.path.join(output_dir, BASE)
+        missing = not os.path.isfile(os.path.join(base, "config.json"))
+        wait_for_all()  # no rank looks after another has saved
+        if missing:
+            save_base(*make(arguments), base)
         arguments = replace(arguments, model_name_or_path=base, language_model=None, vision_tower=None)
     model, processor = make(arguments)
     if arguments.lora:
-        if is_new(arguments):
-            save_base(model, processor, base)
+        set_seed(seed)  # new adapters start the same however the model was loaded
         return add_adapters(model, arguments), processor
     freeze_all_but(model, trainable_parts(arguments))
     return model, processor
@@ -61,9 +59,11 @@ def make(arguments: ModelArguments):
     if arguments.model_name_or_path == TINY:
         from .tiny import tiny_model_and_processor
 
-        return tiny_model_and_processor()
+        with not_sharded_yet():
+            return tiny_model_and_processor()
     if arguments.language_model is not None:
-        return new_from_parts(arguments)
+        with not_sharded_yet():
+            return new_from_parts(arguments)
     processor = MqtLlavaProcessor.from_pretrained(arguments.model_name_or_path)
     options = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
     if arguments.quantization:
@@ -76,64 +76,32 @@ def make(arguments: ModelArguments):
 
 def new_from_parts(arguments: ModelArguments):
     """A pretrained tower and language model, with a new query transformer between them."""
-    tokenizer = AutoTokenizer.from_pretrained(arguments.language_model)
-    if "<image>" not in tokenizer.get_vocab():
-        tokenizer.add_tokens(["<image>"], special_tokens=True)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    processor = MqtLlavaProcessor(
-        AutoImageProcessor.from_pretrained(arguments.vision_tower),
-        tokenizer,
-        max_visual_tokens=arguments.max_visual_tokens,
-    )
-    dtype = getattr(torch, arguments.dtype)
-    language_model = AutoModelForCausalLM.from_pretrained(arguments.language_model, dtype=dtype)
-    tower = AutoModel.from_pretrained(arguments.vision_tower, dtype=dtype)
-    tower = getattr(tower, "vision_model", tower)
-    config = new_config(arguments, processor, language_model.config)
-    model = MqtLlavaForConditionalGeneration(config).to(dtype)
-    model.model.language_model.load_state_dict(language_model.base_model.state_dict())
-    model.lm_head.load_state_dict(language_model.get_output_embeddings().state_dict())
-    missing = model.model.vision_tower.load_state_dict(tower.state_dict(), strict=False).missing_keys
-    if missing:
-        raise ValueError(
-            f"`vision_tower` {arguments.vision_tower!r} lacks the weights {missing[:3]}. Name another tower."
-        )
-    model.generation_config = language_model.generation_config
-    return model, processor
+    from ..conversion.components import from_components
 
-
-def image_processor_for(vision_tower: str) -> LlavaImageProcessorPil:
-    """Pixels as the tower wants them, from an image padded to a square (or, without `do_pad`, cut to one)."""
-    own = AutoImageProcessor.from_pretrained(vision_tower)
-    size = getattr(own, "crop_size", None) or own.size
-    side = size["height"] if "height" in size else size["shortest_edge"]
-    return LlavaImageProcessorPil(
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-        image_mean=own.image_mean,
-        image_std=own.image_std,
-        resample=own.resample,
-        do_pad=True,
-    )
-
-
-def new_config(arguments: ModelArguments, processor: MqtLlavaProcessor, text_config) -> MqtLlavaConfig:
-    """What the new model is, from its two parts."""
-    vision_config = AutoConfig.from_pretrained(arguments.vision_tower)
-    vision_config = getattr(vision_config, "vision_config", vision_config)
     heads = arguments.query_num_attention_heads
-    with_cls = not vision_config.model_type.startswith("siglip")
-    return MqtLlavaConfig(
-        vision_config=vision_config,
-        text_config=text_config,
-        image_token_index=processor.image_token_id,
+    return from_components(
+        arguments.vision_tower,
+        arguments.language_model,
         max_visual_tokens=arguments.max_visual_tokens,
-        query_num_attention_heads=vision_config.hidden_size // 64 if heads is None else heads,
+        dtype=getattr(torch, arguments.dtype),
         query_init=arguments.query_init,
         vision_feature_layer=arguments.vision_feature_layer,
-        vision_feature_select_strategy="default" if with_cls else "full",
+        **({} if heads is None else {"query_num_attention_heads": heads}),
     )
+
+
+@contextmanager
+def not_sharded_yet() -> Iterator[None]:
+    """
+    Under ZeRO-3, Transformers shards each model as it is made. One that is put together from parts, or whose weights
+    are drawn, is made whole in here; DeepSpeed shards it when the Trainer hands it over.
+    """
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 # ---- which parts learn ----
@@ -208,7 +176,7 @@ def quantization_config(arguments: ModelArguments) -> BitsAndBytesConfig:
 
 
 def save_base(model, processor, folder: str) -> None:
-    """Saves a new model for the adapters to name; `config.json` comes last, so a folder with one is whole."""
+    """Saves a new model for the adapters to name. The folder has its name once it is whole."""
     from accelerate import PartialState
 
     state = PartialState()
@@ -216,7 +184,5 @@ def save_base(model, processor, folder: str) -> None:
         staged = f"{folder}.incomplete"
         model.save_pretrained(staged)
         processor.save_pretrained(staged)
-        os.replace(staged, folder) if not os.path.isdir(folder) else None
+        os.replace(staged, folder)
     state.wait_for_everyone()
-    model.name_or_path = folder
-    model.config._name_or_path = folder
