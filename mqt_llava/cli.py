@@ -96,12 +96,15 @@ def _add_train(commands) -> None:
 
 
 def _run_train(args: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
     from .training.recipe import load_recipe
     from .training.run import train
 
     finished = train(load_recipe(args.recipe, args.overrides))
     if finished.trainer.is_world_process_zero():
         print(f"Trained model in {finished.trainer.args.output_dir}.")
+    PartialState().destroy_process_group()  # its threads, if there are several ranks, end before the interpreter does
 
 
 def _add_convert(commands) -> None:

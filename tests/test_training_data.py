@@ -56,6 +56,10 @@ def test_a_file_that_is_not_json_raises(tmp_path, text):
     [
         ({"x": 1}, "no conversation"),
         ([], "no conversation"),
+        ({"conversations": "hello"}, "no conversation"),
+        ({"messages": ["hello"]}, "no conversation"),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, "unknown role"),
+        ({"messages": [{"role": "assistant", "content": ["a"]}]}, "empty answer"),
         ({"conversations": [{"from": "human", "value": "a"}]}, "no answer"),
         ({"conversations": [{"from": "alien", "value": "a"}]}, "unknown role"),
         ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "  "}]}, "empty answer"),

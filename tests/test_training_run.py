@@ -1,5 +1,9 @@
+import contextlib
 import json
 import os
+import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +28,7 @@ from mqt_llava.cli import main
 from mqt_llava.training.models import quantization_config
 from mqt_llava.training.plots import budget_curves
 from mqt_llava.training.recipe import ModelArguments, load_recipe
-from mqt_llava.training.run import train
+from mqt_llava.training.run import WORLD_SIZES, train, warn_if_left_alone
 from mqt_llava.training.tiny import TinyRecords
 
 
@@ -124,6 +128,37 @@ def test_tensorboard_gets_the_loss_at_each_budget(tmp_path):
     (events,) = tmp_path.rglob("events.out.tfevents*")
     found = EventAccumulator(str(events.parent)).Reload().Tags()["scalars"]
     assert {"eval/loss@16", "train/num_visual_tokens", "train/tokens_per_second"} <= set(found)
+
+
+def test_trackio_gets_the_loss_at_each_budget(tmp_path):
+    """In a process of its own: trackio reads where to write when it is imported."""
+    pytest.importorskip("trackio")
+    code = "import sys; from mqt_llava.cli import main; sys.exit(main(sys.argv[1:]))"
+    more = ["--report_to", "trackio", "--project", "elastic"]
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")}
+    command = [sys.executable, "-c", code, "train", *words(tmp_path / "run"), *more]
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "elastic.db")) as database:
+        found = {key for (row,) in database.execute("SELECT metrics FROM metrics") for key in json.loads(row)}
+    assert {"eval/loss@16", "train/num_visual_tokens", "train/tokens_per_second"} <= found
+
+
+@pytest.mark.parametrize(
+    "environment, left_alone",
+    [
+        ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}, True),
+        ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "OMPI_COMM_WORLD_SIZE": "2"}, False),
+        ({"ACCELERATE_USE_CPU": "True"}, False),
+        ({"ACCELERATE_USE_CPU": "False", "MASTER_ADDR": "127.0.0.1"}, False),
+    ],
+)
+def test_a_process_that_waits_for_others_in_vain_says_so(monkeypatch, caplog, environment, left_alone):
+    for name in WORLD_SIZES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    warn_if_left_alone()
+    assert ("This is one process" in caplog.text) == left_alone
 
 
 def test_quantized_weights_without_bitsandbytes_raise(monkeypatch):

@@ -40,11 +40,11 @@ def conversation_of(record: Mapping[str, Any]) -> dict[str, Any]:
     if "conversations" in record:
         turns, images = record["conversations"], record.get("image")
         images = [] if images is None else images if isinstance(images, list) else [images]
-        pairs = [(turn.get("from"), turn.get("value")) for turn in turns or []]
+        pairs = pairs_of(turns, "from", "value")
     elif "messages" in record:
         image = record.get("image")
         images = list(record.get("images") or ([] if image is None else [image]))
-        pairs = [(turn.get("role"), turn.get("content")) for turn in record["messages"] or []]
+        pairs = pairs_of(record["messages"], "role", "content")
     else:
         raise BadRecord("no conversation", f"neither `conversations` nor `messages` among {sorted(record)}")
     messages = [message_of(role, content) for role, content in pairs]
@@ -54,13 +54,21 @@ def conversation_of(record: Mapping[str, Any]) -> dict[str, Any]:
     return {"messages": messages, "images": images}
 
 
+def pairs_of(turns: Any, speaker: str, content: str) -> list[tuple[Any, Any]]:
+    """Who says what, from turns that name it by these keys."""
+    turns = [] if turns is None else turns
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise BadRecord("no conversation", f"turns must be a list of objects, got {turns!r:.80}")
+    return [(turn.get(speaker), turn.get(content)) for turn in turns]
+
+
 def message_of(role: Any, content: Any) -> dict[str, Any]:
     """One turn, its content as parts of type `image` and `text`. Images come first."""
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise BadRecord("unknown role", f"{role!r}, must be one of {', '.join(ROLES)}")
     if isinstance(content, str):
         texts, num_images = [content], content.count(IMAGE_TOKEN)
-    elif isinstance(content, list):
+    elif isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
         texts = [part.get("text") or "" for part in content if part.get("type") == "text"]
         num_images = sum(part.get("type") == "image" for part in content) + "".join(texts).count(IMAGE_TOKEN)
     else:

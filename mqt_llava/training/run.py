@@ -7,6 +7,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from accelerate.utils import get_int_from_env
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -22,6 +23,8 @@ from .trainer import MqtLlavaTrainer
 
 
 logger = logging.getLogger(__name__)
+WORLD_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Where torchrun and the makes of mpirun say how many processes there are."""
 SKIPPED = "skipped.jsonl"
 NOT_PUSHED = {SKIPPED, "README.md", "training_args.bin"}
 """Files of a run that are no part of its model."""
@@ -48,6 +51,7 @@ def train(recipe: Recipe) -> Finished:
         OSError: if the disk is full; the checkpoints before are whole.
     """
     output_dir = recipe.training.output_dir
+    warn_if_left_alone()
     checkpoint = prepare_folder(recipe)
     model, processor = load_model_and_processor(recipe.model, output_dir, recipe.training.seed)
     set_processor(processor, recipe)
@@ -59,6 +63,19 @@ def train(recipe: Recipe) -> Finished:
     if report:
         logger.warning(report)
     return Finished(trainer, report)
+
+
+def warn_if_left_alone() -> None:
+    """
+    `accelerate launch --cpu --num_processes N` names an address where N processes are to meet, then starts one: the
+    rest it leaves to `mpirun` (`prepare_simple_launcher_cmd_env` in accelerate 1.15).
+    """
+    launched = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ
+    if launched and get_int_from_env(WORLD_SIZES, 0) == 0:
+        logger.warning(
+            "This is one process: `accelerate launch --cpu` leaves all others to mpirun, whatever `--num_processes` "
+            "says. To have them, start with `torchrun --nproc_per_node N -m mqt_llava.training ... --use_cpu`."
+        )
 
 
 def set_processor(processor, recipe: Recipe) -> None:

@@ -37,7 +37,7 @@ class MqtLlavaTrainer(ElasticTrainerMixin, StagedCheckpoints):
     args: MqtLlavaTrainingArguments
     optimizer: torch.optim.Optimizer
 
-    def __init__(self, model, args: MqtLlavaTrainingArguments, draw: Draw | None = None, **kwargs):
+    def __init__(self, model, args: MqtLlavaTrainingArguments, *, draw: Draw | None = None, **kwargs):
         self.eval_budgets = check_budgets("eval_budgets", args.eval_budgets, core_of(model).config.max_visual_tokens)
         if args.label_smoothing_factor:
             raise ValueError(
