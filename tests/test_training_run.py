@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from training_helpers import tiny_processor, write_llava
 from transformers import (
@@ -217,7 +218,8 @@ def both_stages(tmp_path, parts, *more):
     )
     (tmp_path / "one.yaml").write_text(
         f"{common}language_model: '{parts / 'language'}'\nvision_tower: '{parts / 'tower'}'\nmax_visual_tokens: 16\n"
-        f"stage: pretrain\nchat_template: plain\ndraw: fixed(16)\noutput_dir: '{tmp_path / 'one'}'\n"
+        "stage: pretrain\nchat_template: plain\nimage_aspect: crop\ndraw: fixed(16)\n"
+        f"output_dir: '{tmp_path / 'one'}'\n"
     )
     (tmp_path / "two.yaml").write_text(
         f"{common}model_name_or_path: '{tmp_path / 'one'}'\nimage_aspect: pad\ngroup_by_modality_length: true\n"
@@ -288,6 +290,20 @@ def test_parts_of_today_make_a_model_that_trains(tmp_path):
     assert "USER" in processor.chat_template["default"]
     assert processor.image_processor.do_pad
     assert logits(model, processor).isfinite().all()
+
+
+def test_each_stage_sees_pictures_as_its_recipe_says(tmp_path, parts):
+    both_stages(tmp_path, parts)
+    wide = Image.new("RGB", (48, 24), (250, 0, 0))
+    cropped, padded = (
+        MqtLlavaProcessor.from_pretrained(tmp_path / name).image_processor(wide, return_tensors="pt")["pixel_values"][0]
+        for name in ("one", "two")
+    )
+    top, middle = (0, 0), (12, 12)
+    assert cropped.shape == padded.shape == (3, 24, 24)
+    assert torch.equal(cropped[(slice(None), *top)], cropped[(slice(None), *middle)])
+    assert padded[(slice(None), *top)].abs().max() < 0.02  # the mean colour
+    torch.testing.assert_close(padded[(slice(None), *middle)], cropped[(slice(None), *middle)])
 
 
 def test_skipped_records_are_told_at_the_end(tmp_path, parts):

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,7 +40,8 @@ def load_model_and_processor(arguments: ModelArguments, output_dir: str, seed: i
         missing = not os.path.isfile(os.path.join(base, "config.json"))
         wait_for_all()  # no rank looks after another has saved
         if missing:
-            save_base(*make(arguments), base)
+            model, processor = make(arguments)
+            save_base(model, processor, base)
         arguments = replace(arguments, model_name_or_path=base, language_model=None, vision_tower=None)
     model, processor = make(arguments)
     if arguments.lora:
@@ -79,6 +81,7 @@ def new_from_parts(arguments: ModelArguments):
     from ..conversion.components import from_components
 
     heads = arguments.query_num_attention_heads
+    config: dict[str, Any] = {} if heads is None else {"query_num_attention_heads": heads}
     return from_components(
         arguments.vision_tower,
         arguments.language_model,
@@ -86,7 +89,7 @@ def new_from_parts(arguments: ModelArguments):
         dtype=getattr(torch, arguments.dtype),
         query_init=arguments.query_init,
         vision_feature_layer=arguments.vision_feature_layer,
-        **({} if heads is None else {"query_num_attention_heads": heads}),
+        **config,
     )
 
 
