@@ -7,6 +7,7 @@ from transformers import Trainer
 
 from mqt_llava.training.batches import trim_to_budget
 from mqt_llava.training.conversations import ConversationCollator
+from mqt_llava.training.draws import Draw
 from mqt_llava.training.elastic import core_of
 from mqt_llava.training.models import freeze_all_but
 from mqt_llava.training.trainer import MqtLlavaTrainer
@@ -263,6 +264,18 @@ def test_several_images_in_a_conversation_train(tmp_path):
 def test_options_that_make_no_sense_raise(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, **changes)
+
+
+def test_a_draw_of_ones_own_is_taken_instead_of_the_named_one(tmp_path):
+    ours = MqtLlavaTrainer(
+        tiny_model(),
+        arguments(tmp_path, draw="uniform"),
+        draw=Draw("mine", M, lambda generator: (3,)),
+        train_dataset=conversations(),
+        data_collator=ConversationCollator(tiny_processor()),
+    )
+    ours.train()
+    assert logged(ours, "num_visual_tokens") == [3] * 4
 
 
 def test_metrics_and_budgets_exclude_each_other(tmp_path):
