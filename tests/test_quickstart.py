@@ -26,7 +26,7 @@ from mqt_llava.quickstart.scenes import BACKGROUNDS, CELL, COLOURS, DIGIT_ROWS, 
 from mqt_llava.quickstart.training import Stage
 from mqt_llava.quickstart.vocabulary import IMAGE_TOKEN_ID, WORDS, build_tokenizer
 from mqt_llava.training.batches import IGNORED, trim_to_budget
-from mqt_llava.training.collator import Branch, BranchCollator, Example
+from mqt_llava.training.branches import Branch, BranchCollator, Example
 
 
 SMALL = Recipe(

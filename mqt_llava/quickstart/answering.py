@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..modeling_mqt_llava import MqtLlavaForConditionalGeneration
 from ..training.arguments import MqtLlavaTrainingArguments
-from ..training.collator import Branch, BranchCollator, Example, one_answer
+from ..training.branches import Branch, BranchCollator, Example, one_answer
 from ..training.draws import Draw, parse_draw
 from ..training.trainer import MqtLlavaTrainer
 from .corpus import QUESTIONS_PER_VISIT, Split, normalise

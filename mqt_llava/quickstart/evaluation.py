@@ -7,7 +7,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..modeling_mqt_llava import MqtLlavaForConditionalGeneration
 from ..training.batches import IGNORED
-from ..training.collator import BranchCollator, Example
+from ..training.branches import BranchCollator, Example
 from .answering import Tokens, examples_of
 from .corpus import Split
 from .questions import KINDS

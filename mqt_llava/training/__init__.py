@@ -7,6 +7,7 @@ _MODULE_OF = {
     "ConversationCollator": "conversations",
     "ConversationDataset": "data",
     "ConversationEncoder": "conversations",
+    "Draw": "draws",
     "ElasticTrainerMixin": "elastic",
     "MqtLlavaTrainer": "trainer",
     "MqtLlavaTrainingArguments": "arguments",
