@@ -40,9 +40,9 @@ class Contestant:
     """Forward and backward passes of a step, once budgets are drawn."""
     self_distillation: float = 0.0
 
-    def steps(self, passes: int) -> int:
-        """As many steps as make so many passes."""
-        return round(passes / (FULL_LENGTH_SHARE + (1 - FULL_LENGTH_SHARE) * self.passes))
+    def steps(self, total_passes: int) -> int:
+        """As many steps as make so many passes in all."""
+        return round(total_passes / (FULL_LENGTH_SHARE + (1 - FULL_LENGTH_SHARE) * self.passes))
 
 
 UNIFORM = "uniform"  # what the quickstart itself trains
@@ -87,10 +87,11 @@ def contest(folder: Path, seed: int, contestant: Contestant) -> None:
 def carry_out(folders: dict[int, Path], jobs: int) -> None:
     """Everything that is not done yet, several at a time, each on one thread."""
     os.environ["TQDM_DISABLE"] = "1"  # of the processes below: one bar is enough
-    rest = [(contest, contestant) for contestant in CONTESTANTS[:3]] + [(fixed,)]
-    rest += [(contest, contestant) for contestant in CONTESTANTS[3:]]
-    rounds = ([(elastic, folder, seed) for seed, folder in folders.items()],)
-    rounds += ([(task, folder, seed, *more) for task, *more in rest for seed, folder in folders.items()],)
+    rest = [(fixed,), *((contest, contestant) for contestant in CONTESTANTS)]  # the longest first
+    rounds = [
+        [(elastic, folder, seed) for seed, folder in folders.items()],
+        [(task, folder, seed, *more) for task, *more in rest for seed, folder in folders.items()],
+    ]
     total = sum(map(len, rounds))
     with (
         ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool,

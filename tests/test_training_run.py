@@ -186,6 +186,15 @@ def test_adapters_learn_on_quantized_weights_and_merge_into_whole_ones(tmp_path,
         assert not torch.equal(after[f"model.{part}"], before[f"model.{part}"])
 
 
+def test_a_model_made_in_the_run_is_quantized_too(tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    more = ["--lora", "--quantization", "4bit", "--max_steps", "1", "--eval_strategy", "no"]
+    model = train(load_recipe(TINY, [*words(tmp_path)[1:], *more])).trainer.model
+    quantized = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    assert len(quantized) == 2 * 7  # the linear layers of two Llama layers
+    assert (tmp_path / "base" / "config.json").is_file()
+
+
 @pytest.fixture
 def parts(tmp_path):
     """A tower and a language model, saved as others publish them."""
